@@ -1,0 +1,1 @@
+"""Stage 3: a LoRA and prompts become videos."""

@@ -1,0 +1,308 @@
+"""Stage 1 from the manifest to the data set.
+
+    manifest -> records -> what is known of their videos -> samples with keys -> minus what the cache has
+    -> T5 over the missing prompts, freed -> VAE over the missing clips, decoded ahead of it -> a data set version
+
+A unit of work (`--shard_size` clips or prompts) becomes one part of the cache, published in one go: whatever happens,
+what was published stays, and the next run makes the rest.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from preprocess.clips import ClipJob, ClipWriter, DecodeAhead
+from preprocess.config import PreprocessConfig
+from preprocess.decode import DecodePool
+from preprocess.fingerprints import embeddings_fingerprint, latents_fingerprint
+from preprocess.manifest import Record, effective_prompt, iter_manifest
+from preprocess.plan import Rejected, Sample, plan_samples
+from preprocess.report import Report
+from preprocess.sources import Sources
+from shared.cache import Cache, Store, embedding_key
+from shared.config import to_dict
+from shared.dataset import location_row, publish_dataset
+from shared.errors import UserError, VideoError
+from shared.models import Checkpoint, choose_dtype, open_checkpoint
+from shared.shards import ShardWriter
+
+
+@dataclass(frozen=True)
+class Stores:
+    """The stores that a run reads and fills, and the dtypes that it encodes in."""
+
+    latents: Store
+    embeddings: Store
+    vae_dtype: str
+    text_dtype: str
+
+
+def preprocess(config: PreprocessConfig) -> tuple[Report, list[Rejected], str]:
+    """Run stage 1.
+
+    Returns:
+        The report, the rejected clips, and the digest of the data set version.
+
+    Raises:
+        UserError: a manifest, checkpoint or cache that cannot be used; or every clip was rejected, or any with
+            `--strict`: then no data set is published, but what was encoded stays in the cache.
+    """
+    report = Report()
+    with report.phase("manifest"):
+        records = _read_records(config)
+    checkpoint = open_checkpoint(
+        config.pretrained_model_name_or_path,
+        revision=config.revision,
+        variant=config.variant,
+        cache_dir=config.cache_dir,
+        weights=("vae", "text_encoder"),
+    )
+    config.shapes(checkpoint.facts)  # a size that it cannot take is refused before anything is opened
+    cache = Cache(config.cache)
+    with report.phase("cache"):
+        stores = _open_stores(cache, checkpoint, config)
+        sources = Sources(cache)
+    decoders = config.dataloader_num_workers or min(max((os.cpu_count() or 2) - 1, 1), 8)
+    with cache.writer() as writer, DecodePool(decoders, config.decode_timeout) as pool:
+        try:
+            with report.phase("sources"):
+                videos = sources.learn(records, pool)
+            planned = list(plan_samples(records, videos, config, checkpoint.facts))
+            jobs, refused = _missing_clips(planned, stores.latents, videos)
+            prompts = _prompts(config, planned)
+            with DecodeAhead(jobs, pool) as ahead:  # decoding starts while T5 is still at work
+                with report.phase("prompts"):
+                    _encode_prompts(prompts, stores, checkpoint, config, writer, report)
+                with report.phase("clips"):
+                    failed = _encode_clips(ahead, stores, checkpoint, config, writer, report)
+            for job, error in failed:
+                sources.reject(videos[job.sample.record.path], job.sample.latent_key, error)
+        finally:
+            sources.save(writer)
+        refused.update({job.sample.latent_key: error for job, error in failed})
+        samples, rejected = _outcome(planned, refused)
+        report.rejected.update(clip.reason for clip in rejected)
+        report.buckets.update(str(sample.bucket) for sample in samples)
+        report.reused["latents"] = len({key for sample in samples for key, _ in sample.versions()})
+        report.reused["latents"] -= report.encoded["latents"]
+        if not samples or (rejected and config.strict):
+            raise UserError(_refusal(samples, rejected))
+        with report.phase("publish"):
+            digest = _publish(cache, writer, config, checkpoint, stores, samples, rejected, report)
+    return report, rejected, digest
+
+
+def _read_records(config: PreprocessConfig) -> list[Record]:
+    rows = iter_manifest(
+        dataset_name=config.dataset_name,
+        dataset_config_name=config.dataset_config_name,
+        instance_data_root=config.instance_data_root,
+        caption_column=config.caption_column,
+        video_column=config.video_column,
+        follow_links=config.follow_links,
+        cache_dir=config.cache_dir,
+    )
+    return list(tqdm(rows, desc="manifest", unit="clip", disable=None))
+
+
+def _open_stores(cache: Cache, checkpoint: Checkpoint, config: PreprocessConfig) -> Stores:
+    vae_dtype = choose_dtype(config.dtype, checkpoint.stored_dtype("vae"))
+    text_dtype = choose_dtype(config.dtype, checkpoint.stored_dtype("text_encoder"))
+    common: dict[str, Any] = {"cache_dtype": config.cache_dtype, "rehash": config.rehash}
+    latents = latents_fingerprint(checkpoint, dtype=vae_dtype, tiling=config.enable_tiling, **common)
+    embeddings = embeddings_fingerprint(checkpoint, dtype=text_dtype, **common)
+    return Stores(cache.store("latents", latents), cache.store("embeddings", embeddings), vae_dtype, text_dtype)
+
+
+def _missing_clips(
+    planned: Sequence[Sample | Rejected], store: Store, videos: dict[str, Any]
+) -> tuple[list[ClipJob], dict[bytes, VideoError]]:
+    """What must be encoded, each key once; and the clips whose reading is known to fail."""
+    refused: dict[bytes, VideoError] = {}
+    wanted: dict[bytes, tuple[Sample, bool]] = {}
+    for sample in planned:
+        if isinstance(sample, Rejected):
+            continue
+        verdict = videos[sample.record.path].verdicts.get(sample.latent_key.hex())
+        if verdict:
+            refused[sample.latent_key] = VideoError(*verdict)
+            continue
+        for key, placement in sample.versions():
+            wanted.setdefault(key, (sample, placement.mirrored))
+    missing: dict[bytes, ClipJob] = {}
+    for (key, (sample, mirrored)), row in zip(wanted.items(), store.find(list(wanted)), strict=True):
+        if row < 0:
+            job = missing.setdefault(sample.latent_key, ClipJob(sample, {}))
+            job.keys[mirrored] = key
+    return list(missing.values()), refused
+
+
+def _prompts(config: PreprocessConfig, planned: Sequence[Sample | Rejected]) -> list[str]:
+    """The prompts to have, each once: the empty one, the samples', the validation videos'."""
+    prompts = ["", *(sample.prompt for sample in planned if isinstance(sample, Sample))]
+    return list(dict.fromkeys([*prompts, *(_validation_prompt(config, text) for text in config.validation_prompts())]))
+
+
+def _validation_prompt(config: PreprocessConfig, text: str) -> str:
+    """The effective prompt: the id token is put before it unless it is there already, as stage 3 does."""
+    token = (config.id_token or "").strip()
+    return text if token and text.split()[: len(token.split())] == token.split() else effective_prompt(text, token)
+
+
+def _encode_prompts(
+    prompts: list[str], stores: Stores, checkpoint: Checkpoint, config: PreprocessConfig, writer: Path, report: Report
+) -> None:
+    keys = [embedding_key(prompt) for prompt in prompts]
+    rows = stores.embeddings.find(keys)
+    missing = [(key, prompt) for key, prompt, row in zip(keys, prompts, rows, strict=True) if row < 0]
+    report.reused["embeddings"] = len(prompts) - len(missing)
+    if not missing:
+        return
+    from preprocess.encode import TextEncoder  # late: a run that misses nothing imports no torch
+
+    encoder = TextEncoder(checkpoint, stores.text_dtype, config.cache_dtype)
+    with tqdm(total=len(missing), desc="prompts", unit="prompt", disable=None) as bar:
+        for start in range(0, len(missing), config.shard_size):
+            unit = missing[start : start + config.shard_size]
+            shard = ShardWriter(writer)
+            for first in range(0, len(unit), config.text_batch_size):
+                batch = unit[first : first + config.text_batch_size]
+                texts = [prompt for _, prompt in batch]
+                embeds, tokens = encoder.encode(texts), encoder.count_tokens(texts)
+                for (key, _), array, count in zip(batch, embeds, tokens, strict=True):
+                    shard.add(key, {"prompt_embeds.npy": array}, tokens=count)
+                bar.update(len(batch))
+            _publish_shard(stores.embeddings, shard, report)
+    del encoder
+    gc.collect()  # T5 leaves before the VAE comes
+
+
+def _encode_clips(
+    ahead: DecodeAhead,
+    stores: Stores,
+    checkpoint: Checkpoint,
+    config: PreprocessConfig,
+    writer: Path,
+    report: Report,
+) -> list[tuple[ClipJob, VideoError]]:
+    """Encode the missing clips, unit by unit. Returns those that could not be read or encoded."""
+    if not ahead.jobs:
+        return []
+    from preprocess.encode import VideoEncoder  # late: a run that misses nothing imports no torch
+
+    encoder = VideoEncoder(
+        checkpoint, stores.vae_dtype, config.cache_dtype, slicing=config.enable_slicing, tiling=config.enable_tiling
+    )
+    failed: list[tuple[ClipJob, VideoError]] = []
+    with tqdm(total=len(ahead.jobs), desc="clips", unit="clip", disable=None) as bar:
+        for start in range(0, len(ahead.jobs), config.shard_size):
+            shard = ShardWriter(writer)
+            clips = ClipWriter(encoder, shard, config.vae_batch_size)
+            for _ in ahead.jobs[start : start + config.shard_size]:
+                job, read = ahead.next()
+                if isinstance(read, VideoError):
+                    failed.append((job, read))
+                else:
+                    clips.add(job, read)
+                bar.update()
+            clips.finish()
+            failed += clips.failed
+            _publish_shard(stores.latents, shard, report)
+    return failed
+
+
+def _publish_shard(store: Store, shard: ShardWriter, report: Report) -> None:
+    if not shard.keys:
+        shard.abandon()
+        return
+    finished = shard.finish()
+    report.bytes[store.kind] += finished.size_bytes + finished.index.stat().st_size
+    report.encoded[store.kind] += shard.keys
+    store.publish(finished)
+
+
+def _outcome(
+    planned: Sequence[Sample | Rejected], refused: dict[bytes, VideoError]
+) -> tuple[list[Sample], list[Rejected]]:
+    """The samples that stand and the clips that do not, both in manifest order."""
+    samples, rejected = [], []
+    for sample in planned:
+        if isinstance(sample, Rejected):
+            rejected.append(sample)
+        elif sample.latent_key in refused:
+            error = refused[sample.latent_key]
+            rejected.append(Rejected(sample.record, error.reason, error.detail))
+        else:
+            samples.append(sample)
+    return samples, rejected
+
+
+def _refusal(samples: list[Sample], rejected: list[Rejected]) -> str:
+    first = rejected[0]
+    which = f"{len(rejected)} of {len(samples) + len(rejected)} clips were rejected" if samples else (
+        f"all {len(rejected)} clips were rejected"
+    )  # fmt: skip
+    return (
+        f"{which}, the first {first.record.origin} {first.record.source}: {first.reason} ({first.detail}); "
+        "no data set was published; mend or remove them" + (", or leave out --strict" if samples else "")
+    )
+
+
+def _publish(
+    cache: Cache,
+    writer: Path,
+    config: PreprocessConfig,
+    checkpoint: Checkpoint,
+    stores: Stores,
+    samples: list[Sample],
+    rejected: list[Rejected],
+    report: Report,
+) -> str:
+    latents, embeddings = stores.latents, stores.embeddings
+    plain = latents.find([sample.latent_key for sample in samples])
+    mirrored = latents.find([sample.mirrored_key or sample.latent_key for sample in samples])
+    prompts = embeddings.find([sample.embedding_key for sample in samples])
+    limit = checkpoint.facts.max_text_seq_length
+    rows = []
+    for sample, latent_row, mirrored_row, prompt_row in zip(samples, plain, mirrored, prompts, strict=True):
+        tokens = embeddings.tokens(prompt_row)
+        rows.append(
+            {
+                **sample.row(),
+                "tokens": tokens,
+                "truncated": tokens > limit,
+                **location_row("latent", latents.location(latent_row)),
+                **location_row("mirrored", latents.location(mirrored_row) if sample.mirrored_key else None),
+                **location_row("image", None),
+                **location_row("embedding", embeddings.location(prompt_row)),
+            }
+        )
+    info = {
+        "fingerprints": {"latents": latents.fingerprint, "embeddings": embeddings.fingerprint, "images": None},
+        "facts": {"latents": latents.facts, "embeddings": embeddings.facts},
+        "model": {"name": checkpoint.name, "revision": checkpoint.revision, "variant": checkpoint.variant},
+        "id_token": (config.id_token or "").strip() or None,
+        "random_flip": config.random_flip,
+        "empty_prompt": _prompt_entry(embeddings, "", ""),
+        "validation_prompts": [
+            _prompt_entry(embeddings, text, _validation_prompt(config, text)) for text in config.validation_prompts()
+        ],
+        "config": to_dict(config),
+    }
+    return publish_dataset(
+        cache, writer, config.dataset, info, rows, [clip.row() for clip in rejected], report.to_dict()
+    )
+
+
+def _prompt_entry(store: Store, prompt: str, effective: str) -> dict[str, Any]:
+    key = embedding_key(effective)
+    row = int(store.find([key])[0])
+    place = location_row("embedding", store.location(row))
+    return {"prompt": prompt, "effective_prompt": effective, "embedding_key": key.hex(), **place}

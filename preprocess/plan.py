@@ -1,0 +1,152 @@
+"""What each record of the manifest becomes: frames, bucket, crop and keys; or the reason why it cannot be used."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from preprocess.config import PreprocessConfig
+from preprocess.frames import Placement, choose_bucket, choose_frames, place
+from preprocess.manifest import Record, effective_prompt
+from preprocess.sources import Source
+from preprocess.video import PIXELS_VERSION, Probe
+from shared.cache import embedding_key, latent_key
+from shared.dataset import sample_id
+from shared.errors import VideoError
+from shared.geometry import Bucket
+from shared.models import Facts
+from shared.seeds import seed_for
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A clip that can be used: which frames and pixels of its source, and the keys of what they become."""
+
+    record: Record
+    sample_id: str
+    prompt: str  # the effective one
+    probe: Probe
+    fps: float
+    frame_indices: list[int]
+    bucket: Bucket
+    placement: Placement
+    latent_key: bytes
+    mirrored_key: bytes | None
+    embedding_key: bytes
+
+    def row(self) -> dict[str, Any]:
+        """The sample's row in samples.parquet, but for tokens and the places of its members."""
+        box = {name: getattr(self.placement, name) for name in ("top", "left", "height", "width")}
+        return {
+            "sample_id": self.sample_id,
+            "caption": self.record.caption,
+            "effective_prompt": self.prompt,
+            "weight": self.record.weight,
+            "source": self.record.source,
+            "start_s": self.record.start_s,
+            "end_s": self.record.end_s,
+            "frame_indices": self.frame_indices,
+            "source_fps": self.probe.fps,
+            "fps": self.fps,
+            "source_height": self.probe.height,
+            "source_width": self.probe.width,
+            "crop": box,
+            "frames": self.bucket.frames,
+            "height": self.bucket.height,
+            "width": self.bucket.width,
+            "bucket": str(self.bucket),
+            "latent_key": self.latent_key,
+            "mirrored_key": self.mirrored_key,
+            "image_key": None,
+            "embedding_key": self.embedding_key,
+        }
+
+    def versions(self) -> Iterator[tuple[bytes, Placement]]:
+        """The keys to encode, each with its placement: the plain clip and, where asked for, its mirror image."""
+        yield self.latent_key, self.placement
+        if self.mirrored_key is not None:
+            yield self.mirrored_key, replace(self.placement, mirrored=True)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A clip left out, with its reason (a key of REJECTION_REASONS)."""
+
+    record: Record
+    reason: str
+    detail: str
+
+    def row(self) -> dict[str, Any]:
+        """The clip's row in rejected.parquet."""
+        return {
+            "source": self.record.source,
+            "caption": self.record.caption,
+            "reason": self.reason,
+            "detail": self.detail,
+        }
+
+
+def plan_samples(
+    records: Iterable[Record], sources: dict[str, Source], config: PreprocessConfig, facts: Facts
+) -> Iterator[Sample | Rejected]:
+    """Each record's sample, or why it is rejected, in manifest order.
+
+    Args:
+        sources: what was learnt of each video, by its path.
+    """
+    occurrences: Counter[tuple[str, float | None, float | None]] = Counter()
+    for record in records:
+        segment = (record.source, record.start_s, record.end_s)
+        try:
+            yield _plan_sample(record, sources[record.path], occurrences[segment], config, facts)
+        except VideoError as error:
+            yield Rejected(record, error.reason, error.detail)
+        occurrences[segment] += 1
+
+
+def _plan_sample(record: Record, source: Source, occurrence: int, config: PreprocessConfig, facts: Facts) -> Sample:
+    probe = source.require_probe()
+    fps = config.frame_rate(facts.native_fps)
+    shapes, may_be_shorter = config.shapes(facts)
+
+    def choose(most: int) -> list[int]:
+        return choose_frames(
+            probe.times,
+            fps,
+            skip_start=config.skip_frames_start,
+            skip_end=config.skip_frames_end,
+            max_frames=most,
+            min_frames=config.min_num_frames,
+            start_s=record.start_s,
+            end_s=record.end_s,
+        )
+
+    indices = choose(max(shape.frames for shape in shapes))
+    if may_be_shorter:
+        (shape,) = shapes
+        bucket = Bucket(len(indices), shape.height, shape.width)
+    else:
+        bucket = choose_bucket(shapes, probe.height, probe.width, len(indices))
+        indices = choose(bucket.frames)
+    rng = random.Random(seed_for(config.seed, source.digest, str(record.start_s), str(record.end_s), "crop"))
+    placement = place(probe.height, probe.width, bucket.height, bucket.width, config.video_reshape_mode, rng)
+    prompt = effective_prompt(record.caption, config.id_token)
+    mirrored = config.random_flip > 0
+    return Sample(
+        record=record,
+        sample_id=sample_id(record.source, record.start_s, record.end_s, mirrored, occurrence),
+        prompt=prompt,
+        probe=probe,
+        fps=fps or probe.fps,
+        frame_indices=indices,
+        bucket=bucket,
+        placement=placement,
+        latent_key=latent_key(source.digest, indices, asdict(placement), PIXELS_VERSION),
+        mirrored_key=latent_key(source.digest, indices, asdict(replace(placement, mirrored=True)), PIXELS_VERSION)
+        if mirrored
+        else None,
+        embedding_key=embedding_key(prompt),
+    )

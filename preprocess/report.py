@@ -1,0 +1,55 @@
+"""What a run of stage 1 did: counted while it works, printed at its end, kept as report.json."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from shared.errors import REJECTION_REASONS
+
+
+@dataclass
+class Report:
+    """Counts by kind of store (`latents`, `images`, `embeddings`), rejections by reason, seconds by phase."""
+
+    encoded: Counter[str] = field(default_factory=lambda: Counter(latents=0, images=0, embeddings=0))
+    reused: Counter[str] = field(default_factory=lambda: Counter(latents=0, images=0, embeddings=0))
+    rejected: Counter[str] = field(default_factory=Counter)
+    buckets: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)  # written, tars and indexes
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to the phase's seconds."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def to_dict(self) -> dict[str, Any]:
+        """As report.json holds it."""
+        return {
+            "encoded": dict(self.encoded),
+            "reused": dict(self.reused),
+            "rejected": dict(sorted(self.rejected.items())),
+            "buckets": dict(sorted(self.buckets.items())),
+            "bytes": dict(self.bytes),
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+        }
+
+    def lines(self) -> Iterator[str]:
+        """The summary as it is printed."""
+        for name, counts in (("encoded", self.encoded), ("reused", self.reused)):
+            yield f"{name:<9} {counts['latents']} clips, {counts['embeddings']} prompts"
+        for reason, count in sorted(self.rejected.items()):
+            yield f"rejected  {count} {reason}: {REJECTION_REASONS[reason]}"
+        for bucket, count in sorted(self.buckets.items()):
+            yield f"bucket    {bucket}: {count} clips"
+        yield f"written   {sum(self.bytes.values()) / 1e6:,.1f} MB"
+        yield "seconds   " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())

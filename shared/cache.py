@@ -1,0 +1,202 @@
+"""The cache: where everything lies, which keys a store holds, and who is writing.
+
+    CACHE/
+      latents/<fingerprint>/      fingerprint.json  <part>.tar  <part>.parquet     video moments
+      images/<fingerprint>/       the same                                          noised first frames
+      embeddings/<fingerprint>/   the same                                          prompts
+      sources.parquet             what was learnt of each source video
+      datasets/<name>/            CURRENT and versions/<digest>/  (shared/dataset.py)
+      writers/<id>/               a live writer's unfinished files and its lock
+
+A fact is stored once, under a key that is the digest of all that it depends on, in the store whose fingerprint is the
+digest of all else that changes its numbers. So nothing can be stale, and nothing is made twice. See docs/format.md.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared.errors import CacheError
+from shared.shards import FORMAT_VERSION, Location, Shard, read_index, read_member
+from shared.storage import FileLock, Storage, canonical_json, digest_of
+
+KEY_BYTES = 16
+MEMBERS = {"latents": "moments.npy", "images": "image.npy", "embeddings": "prompt_embeds.npy"}  # of each kind of store
+STRANDED_SECONDS = 3600  # a writer's folder without a name is a crash in its first instant when it is older
+
+
+def latent_key(video_digest: str, frame_indices: Sequence[int], geometry: dict[str, Any], pixels_version: int) -> bytes:
+    """The key of a clip's moments.
+
+    Args:
+        video_digest: sha256 of the video file's bytes, hex.
+        frame_indices: visible frames taken, in order.
+        geometry: the size resized to, the crop box, mirrored or not.
+        pixels_version: of the code that decodes, converts, rotates and resizes.
+    """
+    facts = ["latent", video_digest, [int(index) for index in frame_indices], geometry, pixels_version]
+    return digest_of(facts, KEY_BYTES)
+
+
+def embedding_key(effective_prompt: str) -> bytes:
+    """The key of a prompt's embedding: of the text as the model reads it, id token included."""
+    return digest_of(["prompt", effective_prompt], KEY_BYTES)
+
+
+class Store:
+    """All parts under one fingerprint: which keys they hold, and where.
+
+    Args:
+        storage: the cache's.
+        kind: `latents`, `images` or `embeddings`.
+        fingerprint: of everything that changes the numbers and is not in a key; JSON values.
+    """
+
+    def __init__(self, storage: Storage, kind: str, fingerprint: dict[str, Any]) -> None:
+        self.storage = storage
+        self.kind = kind
+        self.facts = {"kind": kind, "format_version": FORMAT_VERSION, **fingerprint}
+        self.fingerprint = digest_of(self.facts, KEY_BYTES).hex()
+        self.folder = f"{kind}/{self.fingerprint}"
+        self._parts: list[str] = []
+        self._read: set[str] = set()
+        self._keys = np.empty(0, f"S{KEY_BYTES}")  # sorted; of equal keys the first part's comes first
+        self._rows = np.empty(0, [("part", "i4"), ("offset", "i8"), ("size", "i8"), ("crc", "u4"), ("tokens", "i4")])
+
+    def refresh(self) -> None:
+        """Read the indexes that were published since the last look."""
+        names = self.storage.names(self.folder)
+        new = [name for name in names if name.endswith(".parquet") and name not in self._read]
+        keys, rows = [self._keys], [self._rows]
+        for name in new:
+            table, facts = read_index(self.storage.read(f"{self.folder}/{name}"), self.storage.full(name))
+            if name != f"{facts['part']}.parquet":
+                raise CacheError(f"{self.storage.full(self.folder)}/{name}: is the index of part {facts['part']}")
+            table = table.filter(_is_member(table, MEMBERS[self.kind]))
+            found = np.empty(len(table), self._rows.dtype)
+            found["part"] = len(self._parts)
+            found["offset"] = table["offset"].to_numpy()
+            found["size"] = table["size_bytes"].to_numpy()
+            found["crc"] = table["crc32"].to_numpy()
+            found["tokens"] = table["tokens"].fill_null(-1).to_numpy()
+            keys.append(np.array([key.as_py() for key in table["key"]], self._keys.dtype))
+            rows.append(found)
+            self._parts.append(facts["part"])
+            self._read.add(name)
+        if new:
+            all_keys, all_rows = np.concatenate(keys), np.concatenate(rows)
+            rank = np.argsort(np.argsort(np.array(self._parts)))  # "the first by part name counts"
+            order = np.lexsort((rank[all_rows["part"]], all_keys))
+            self._keys, self._rows = all_keys[order], all_rows[order]
+
+    def find(self, keys: Sequence[bytes]) -> np.ndarray:
+        """For each key the row that `location` and `tokens` take, until the next refresh; -1: not in the store."""
+        wanted = np.array(list(keys), self._keys.dtype)
+        if not len(self._keys):
+            return np.full(len(wanted), -1)
+        rows = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
+        return np.where(self._keys[rows] == wanted, rows, -1)
+
+    def location(self, row: int) -> Location:
+        """Where the member of a row that `find` gave lies."""
+        part, offset, size, crc, _ = self._rows[row].tolist()
+        return Location(self._parts[part], offset, size, crc)
+
+    def tokens(self, row: int) -> int:
+        """Tokens of a prompt, before truncation."""
+        return int(self._rows[row]["tokens"])
+
+    def read(self, key: bytes) -> bytes:
+        """The member's bytes of one key.
+
+        Raises:
+            CacheError: the store does not hold it.
+        """
+        row = int(self.find([key])[0])
+        if row < 0:
+            raise CacheError(f"{self.storage.full(self.folder)}: does not hold {key.hex()}; run stage 1 again")
+        return read_member(self.storage, self.folder, self.location(row))
+
+    def publish(self, shard: Shard) -> None:
+        """Make a finished part visible: the tar, then the index that declares it complete."""
+        if not self.storage.exists(f"{self.folder}/fingerprint.json"):
+            self.storage.write(f"{self.folder}/fingerprint.json", canonical_json(self.facts))
+        self.storage.publish(shard.tar, f"{self.folder}/{shard.part}.tar")
+        self.storage.publish(shard.index, f"{self.folder}/{shard.part}.parquet")
+        self.refresh()
+
+
+def _is_member(table: Any, member: str) -> Any:
+    import pyarrow.compute as pc
+
+    return pc.equal(table["member"], member)
+
+
+class Cache:
+    """A cache folder or URL."""
+
+    def __init__(self, url: str) -> None:
+        self.storage = Storage(url)
+
+    @property
+    def url(self) -> str:
+        """The folder or URL, absolute."""
+        return self.storage.url
+
+    def store(self, kind: str, fingerprint: dict[str, Any]) -> Store:
+        """The store of a kind and fingerprint, with its indexes read; it need not exist yet."""
+        store = Store(self.storage, kind, fingerprint)
+        store.refresh()
+        return store
+
+    @contextmanager
+    def writer(self) -> Iterator[Path]:
+        """A folder of this process's own for unfinished files; dead writers' folders are removed on the way.
+
+        Local: `CACHE/writers/<id>/`, locked as long as the process lives. Remote: a temporary folder here.
+        """
+        if not self.storage.is_local:
+            with tempfile.TemporaryDirectory(prefix="latentreel-") as temporary:
+                yield Path(temporary)
+            return
+        writers = self.storage.local("writers")
+        writers.mkdir(parents=True, exist_ok=True)
+        _remove_dead_writers(writers)
+        hidden = Path(tempfile.mkdtemp(prefix=".", dir=writers))
+        lock = FileLock(hidden / "lock")
+        assert lock.acquire()
+        name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        folder = hidden.rename(writers / name)  # locked before it has a name: no one can take it for dead
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
+
+
+def _remove_dead_writers(writers: Path) -> None:
+    """Remove the folders of writers that no longer live: their locks are free."""
+    for folder in writers.iterdir():
+        if folder.name.startswith("."):
+            if time.time() - folder.stat().st_mtime > STRANDED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+            continue
+        lock = FileLock(folder / "lock")
+        try:
+            dead = lock.acquire()
+        except (FileNotFoundError, NotADirectoryError):  # it has just been removed by its owner
+            continue
+        if dead:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.release()

@@ -1,0 +1,240 @@
+"""A data set: an immutable list of samples over the stores of a cache.
+
+    datasets/<name>/CURRENT                     names one of the versions
+    datasets/<name>/versions/<digest>/
+      dataset.json      what all samples have in common: the fingerprints, the model, the empty prompt
+      samples.parquet   a row per sample, with the place of each of its members
+      rejected.parquet  a row per clip left out, with its reason
+      report.json       what the last run that published this version did
+
+A version is named by the sha256 over (sample_id, keys, bucket, weight) in manifest order, so that equal data sets are
+one version, and training can say which it saw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shared.cache import KEY_BYTES, Cache
+from shared.errors import CacheError, ConfigError
+from shared.shards import FORMAT_VERSION, Location
+from shared.storage import canonical_json, digest_of, fsync_folder
+
+MEMBER_KINDS = ("latent", "mirrored", "image", "embedding")
+STORE_OF = {"latent": "latents", "mirrored": "latents", "image": "images", "embedding": "embeddings"}
+ROW_GROUP = 65536
+
+_KEY = pa.binary(KEY_BYTES)
+SAMPLES_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("caption", pa.string()),  # as the manifest gives it
+        ("effective_prompt", pa.string()),  # as the model reads it: with the id token
+        ("weight", pa.float64()),
+        ("source", pa.string()),  # as the manifest gives it
+        ("start_s", pa.float64()),  # of the segment in the source; null: the whole
+        ("end_s", pa.float64()),
+        ("frame_indices", pa.list_(pa.int32())),
+        ("source_fps", pa.float64()),
+        ("fps", pa.float64()),
+        ("source_height", pa.int32()),  # as displayed
+        ("source_width", pa.int32()),
+        (
+            "crop",  # in the picture resized to height x width
+            pa.struct([(name, pa.int32()) for name in ("top", "left", "height", "width")]),
+        ),
+        ("frames", pa.int32()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("bucket", pa.string()),
+        ("latent_key", _KEY),
+        ("mirrored_key", _KEY),  # null without --random_flip
+        ("image_key", _KEY),  # null for text-to-video
+        ("embedding_key", _KEY),
+        ("tokens", pa.int32()),  # before truncation
+        ("truncated", pa.bool_()),
+    ]
+    + [
+        (f"{kind}_{fact}", kind_type)
+        for kind in MEMBER_KINDS
+        for fact, kind_type in (
+            ("part", pa.string()), ("offset", pa.int64()), ("size_bytes", pa.int64()), ("crc32", pa.uint32()),
+        )
+    ]
+)  # fmt: skip
+
+REJECTED_SCHEMA = pa.schema(
+    [("source", pa.string()), ("caption", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
+)
+
+
+def sample_id(source: str, start_s: float | None, end_s: float | None, mirrored: bool, occurrence: int = 0) -> str:
+    """A stable name of a sample: 32 hex digits over its source, segment and mirror; not a row number.
+
+    Args:
+        occurrence: how many rows before it in the manifest have the same source and segment (other captions).
+    """
+    facts: list[Any] = ["sample", source, start_s, end_s, mirrored]
+    return digest_of([*facts, occurrence] if occurrence else facts, KEY_BYTES).hex()
+
+
+def version_digest(samples: Sequence[dict[str, Any]]) -> str:
+    """The name of a version: sha256, hex, over what training depends on, in manifest order."""
+    hasher = hashlib.sha256(canonical_json(["dataset", FORMAT_VERSION]))
+    for row in samples:
+        keys = [None if row[f"{kind}_key"] is None else row[f"{kind}_key"].hex() for kind in MEMBER_KINDS]
+        hasher.update(canonical_json([row["sample_id"], *keys, row["bucket"], float(row["weight"])]))
+    return hasher.hexdigest()
+
+
+def check_name(name: str) -> str:
+    """The name of a data set, when it can be a folder's.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ConfigError(f"--dataset {name!r}: use letters, digits, '.', '_' and '-', at most 100")
+    return name
+
+
+def publish_dataset(
+    cache: Cache,
+    writer: Path,
+    name: str,
+    info: dict[str, Any],
+    samples: list[dict[str, Any]],
+    rejected: list[dict[str, Any]],
+    report: dict[str, Any],
+) -> str:
+    """Write a version and make it the current one of its name. Returns the version's digest.
+
+    Publishing equal samples again keeps the version and renews the places of its members, its rejected and its report.
+
+    Args:
+        writer: the writer's folder, where the version is built.
+        info: for dataset.json; `name`, `digest`, `format_version` and `samples` are added.
+        samples: rows of SAMPLES_SCHEMA in manifest order.
+    """
+    digest = version_digest(samples)
+    build = writer / "dataset"
+    shutil.rmtree(build, ignore_errors=True)
+    build.mkdir()
+    info = {"format_version": FORMAT_VERSION, "name": name, "digest": digest, "samples": len(samples), **info}
+    _write_table(build / "samples.parquet", samples, SAMPLES_SCHEMA)
+    _write_table(build / "rejected.parquet", rejected, REJECTED_SCHEMA)
+    (build / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (build / "dataset.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for file in build.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    folder = f"datasets/{name}/versions/{digest}"
+    storage = cache.storage
+    if storage.is_local and not storage.exists(folder):
+        target = storage.local(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        build.rename(target)
+        fsync_folder(target.parent)
+    else:
+        for file in sorted(build.iterdir()):
+            storage.publish(file, f"{folder}/{file.name}")
+    storage.write(f"datasets/{name}/CURRENT", digest.encode() + b"\n")
+    return digest
+
+
+def _write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for start in range(0, max(len(rows), 1), ROW_GROUP):
+            writer.write_table(pa.Table.from_pylist(rows[start : start + ROW_GROUP], schema))
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One version of a data set, opened for reading.
+
+    Attributes:
+        info: dataset.json.
+    """
+
+    cache: Cache
+    name: str
+    digest: str
+    info: dict[str, Any]
+
+    @property
+    def folder(self) -> str:
+        """Relative to the cache."""
+        return f"datasets/{self.name}/versions/{self.digest}"
+
+    @cached_property
+    def _file(self) -> pq.ParquetFile:
+        path = f"{self.folder}/samples.parquet"
+        storage = self.cache.storage
+        source = storage.local(path) if storage.is_local else pa.BufferReader(storage.read(path))
+        try:
+            file = pq.ParquetFile(source)
+        except (pa.ArrowException, OSError) as error:
+            raise CacheError(f"{storage.full(path)}: cannot be read ({error}); run stage 1 again for it") from error
+        if not file.schema_arrow.equals(SAMPLES_SCHEMA):
+            raise CacheError(f"{storage.full(path)}: other columns than format version {FORMAT_VERSION} has")
+        return file
+
+    def columns(self, *names: str) -> pa.Table:
+        """Some columns of samples.parquet, in manifest order."""
+        return self._file.read(columns=list(names))
+
+    def store_folder(self, kind: str) -> str:
+        """The folder, relative to the cache, of the parts of a kind of member (`latent`, `embedding`, ...)."""
+        store = STORE_OF[kind]
+        return f"{store}/{self.info['fingerprints'][store]}"
+
+
+def open_dataset(cache: Cache, name: str, digest: str | None = None) -> DataSet:
+    """A version of a data set; the current one when no digest is given.
+
+    Raises:
+        CacheError: there is none; names those that there are.
+    """
+    storage = cache.storage
+    if digest is None:
+        try:
+            digest = storage.read(f"datasets/{check_name(name)}/CURRENT").decode().strip()
+        except FileNotFoundError as error:
+            known = [known for known in storage.names("datasets") if storage.exists(f"datasets/{known}/CURRENT")]
+            hint = f"it has {', '.join(known)}" if known else "it has none; run `python -m preprocess` first"
+            raise CacheError(f"{cache.url}: no data set {name!r}; {hint}") from error
+    path = f"datasets/{name}/versions/{digest}/dataset.json"
+    try:
+        info = json.loads(storage.read(path))
+    except FileNotFoundError as error:
+        raise CacheError(f"{storage.full(path)}: is missing; run stage 1 again") from error
+    except ValueError as error:
+        raise CacheError(f"{storage.full(path)}: not JSON ({error}); run stage 1 again") from error
+    if not isinstance(info, dict) or info.get("format_version") != FORMAT_VERSION or info.get("digest") != digest:
+        raise CacheError(f"{storage.full(path)}: not a data set of format version {FORMAT_VERSION}; run stage 1 again")
+    return DataSet(cache, name, digest, info)
+
+
+def location_columns(kind: str) -> list[str]:
+    """The columns of samples.parquet that tell where a kind of member lies."""
+    return [f"{kind}_{fact}" for fact in ("part", "offset", "size_bytes", "crc32")]
+
+
+def location_row(kind: str, location: Location | None) -> dict[str, Any]:
+    """The values of `location_columns`; nulls for a member that the sample does not have."""
+    values = (None,) * 4 if location is None else (
+        location.part, location.offset, location.size_bytes, location.crc32,
+    )  # fmt: skip
+    return dict(zip(location_columns(kind), values, strict=True))

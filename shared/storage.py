@@ -1,0 +1,232 @@
+"""A folder of files, on this machine or behind any fsspec URL, and what makes writing to it safe.
+
+What exists under its final name is complete: a file is written elsewhere, flushed to the disk, and renamed (local) or
+put in one piece (remote).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from shared.errors import CacheError, ConfigError
+
+OPEN_FILES = 64  # file descriptors that one reader keeps open
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one JSON text of a value: sorted keys, no spaces, UTF-8; NaN is refused. Digests are taken of this."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest_of(value: Any, size: int = 32) -> bytes:
+    """The first `size` bytes of the sha256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value)).digest()[:size]
+
+
+def check_url(url: str) -> None:
+    """Refuse what fsspec or webdataset would run or chain: `pipe:`, `a::b`."""
+    scheme = url.partition("://")[0] if "://" in url else url.partition(":")[0]
+    if "::" in url or scheme.strip().lower() in {"pipe", "exec", "shell"}:
+        raise ConfigError(f"{url}: commands and chained URLs are refused; give a folder or a plain URL")
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a local folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a local file so that it is either the old one or complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
+class FileLock:
+    """An exclusive lock that the operating system frees when its process dies. Local file systems only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: BinaryIO | None = None
+
+    def acquire(self) -> bool:
+        """Take the lock without waiting; False when another process holds it."""
+        file = self.path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return False
+        self._file = file
+        return True
+
+    def release(self) -> None:
+        """Free the lock."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> FileLock:
+        """Wait for the lock and take it."""
+        self._file = self.path.open("ab")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class _OpenFile:
+    """A descriptor that is closed when the last thread that reads from it lets go."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class Storage:
+    """A root folder; paths are relative to it, with `/` between names.
+
+    Args:
+        url: a local path, or any URL that fsspec opens (`s3://bucket/prefix`).
+    """
+
+    def __init__(self, url: str) -> None:
+        check_url(url)
+        self.is_local = "://" not in url or url.startswith("file://")
+        self.url = str(Path(url.removeprefix("file://")).resolve()) if self.is_local else url.rstrip("/")
+        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:  # spawned workers open their own files
+        return {"url": self.url}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["url"])  # type: ignore[misc]
+
+    @functools.cached_property
+    def _remote(self) -> tuple[Any, str]:
+        import fsspec  # late: local caches do not need it
+
+        return fsspec.core.url_to_fs(self.url)
+
+    def local(self, path: str = "") -> Path:
+        """The path on this machine. Only for local storage."""
+        assert self.is_local, self.url
+        return Path(self.url, path)
+
+    def full(self, path: str) -> str:
+        """The path as a user would write it, for messages."""
+        return f"{self.url}/{path}" if path else self.url
+
+    def exists(self, path: str) -> bool:
+        """Whether a file or folder is there."""
+        if self.is_local:
+            return self.local(path).exists()
+        system, root = self._remote
+        return bool(system.exists(f"{root}/{path}"))
+
+    def names(self, path: str) -> list[str]:
+        """The sorted names in a folder; none when it does not exist."""
+        if self.is_local:
+            folder = self.local(path)
+            return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        system, root = self._remote
+        try:
+            found = system.ls(f"{root}/{path}", detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
+
+    def size(self, path: str) -> int:
+        """Bytes of a file."""
+        if self.is_local:
+            return self.local(path).stat().st_size
+        system, root = self._remote
+        return int(system.size(f"{root}/{path}"))
+
+    def read(self, path: str) -> bytes:
+        """A whole file.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        if self.is_local:
+            return self.local(path).read_bytes()
+        system, root = self._remote
+        return bytes(system.cat_file(f"{root}/{path}"))
+
+    def read_range(self, path: str, offset: int, size_bytes: int) -> bytes:
+        """`size_bytes` bytes of a file from `offset` on.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            CacheError: it is shorter.
+        """
+        if self.is_local:
+            file = self._open_file(path)
+            data = os.pread(file.descriptor, size_bytes, offset)
+        else:
+            system, root = self._remote
+            data = bytes(system.cat_file(f"{root}/{path}", start=offset, end=offset + size_bytes))
+        if len(data) != size_bytes:
+            raise CacheError(
+                f"{self.full(path)}: holds {len(data)} of the {size_bytes} bytes at {offset} that its index "
+                f"promises; run `python -m preprocess.verify {self.url} --repair`"
+            )
+        return data
+
+    def publish(self, finished: Path, path: str) -> None:
+        """Give a finished local file, already flushed to the disk, its final name. An existing file is replaced."""
+        if self.is_local:
+            target = self.local(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            finished.replace(target)
+            fsync_folder(target.parent)
+        else:
+            system, root = self._remote
+            system.put_file(str(finished), f"{root}/{path}")
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write a small file atomically."""
+        if self.is_local:
+            target = self.local(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(target, data)
+        else:
+            system, root = self._remote
+            system.pipe_file(f"{root}/{path}", data)
+
+    def _open_file(self, path: str) -> _OpenFile:
+        """An open file; the least recently used one is let go when there are too many."""
+        with self._lock:
+            file = self._open.pop(path, None) or _OpenFile(self.local(path))
+            self._open[path] = file
+            if len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+            return file

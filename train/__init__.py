@@ -1,0 +1,1 @@
+"""Stage 2: a latent cache becomes a LoRA."""

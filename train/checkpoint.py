@@ -1,0 +1,143 @@
+"""Checkpoints: `checkpoint-<step>/` appears by rename when it is complete, and holds all that a run goes on from.
+
+    pytorch_lora_weights.safetensors   the LoRA, usable by stage 3 as it is
+    optimizer.safetensors              the optimizer's tensors
+    state.json                         step, schedule, the optimizer's other values, configuration, data set version,
+                                       and the digest of the two files above
+Draws are functions of (seed, step, place), so that no generator has a state to save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.errors import CheckpointError
+from shared.lora import FILE_NAME, LoraFacts, load_lora_state, save_lora
+from shared.storage import fsync_folder
+from train.optim import pack_state, unpack_state
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a step changes: the LoRA in the transformer, the optimizer, the learning rate, the loss scale."""
+
+    transformer: Any
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    scaler: Any | None
+
+
+def save_checkpoint(output_dir: Path, step: int, run: RunState, lora: LoraFacts, position: dict[str, Any]) -> Path:
+    """Write `checkpoint-<step>`; an older folder of that name is replaced.
+
+    Args:
+        position: what tells whether a checkpoint belongs to a run: global batch, data set version, seed, ...
+    """
+    from safetensors.torch import save_file
+
+    final = output_dir / f"checkpoint-{step}"
+    building = output_dir / f".checkpoint-{step}.tmp"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    save_lora(run.transformer, building, lora)
+    tensors, packed = pack_state(run.optimizer)
+    save_file(tensors, building / OPTIMIZER_FILE)
+    state = {
+        "format": FORMAT,
+        "step": step,
+        **position,
+        "optimizer": packed,
+        "schedule": run.schedule.state_dict(),
+        "scaler": run.scaler.state_dict() if run.scaler else None,
+        "files": {name: _sha256(building / name) for name in (FILE_NAME, OPTIMIZER_FILE)},
+    }
+    (building / STATE_FILE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+    for file in building.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    fsync_folder(building)
+    shutil.rmtree(final, ignore_errors=True)
+    building.rename(final)
+    fsync_folder(output_dir)
+    return final
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run, the oldest first."""
+    found = []
+    for folder in output_dir.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if match and folder.is_dir():
+            found.append((int(match[1]), folder))
+    return [folder for _, folder in sorted(found)]
+
+
+def rotate_checkpoints(output_dir: Path, limit: int | None) -> None:
+    """Remove the oldest checkpoints until `limit` are left."""
+    for folder in list_checkpoints(output_dir)[: -limit if limit else 0]:
+        doomed = folder.rename(folder.with_name(f".{folder.name}.old"))  # never half a checkpoint under its name
+        shutil.rmtree(doomed)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint whose files are whole.
+
+    Raises:
+        CheckpointError: a file is missing, torn or of another format; names the checkpoint before it.
+    """
+    before = [other for other in list_checkpoints(folder.parent) if other.name != folder.name]
+    advice = f"; resume from {before[-1]}" if before else "; start anew in another --output_dir"
+    try:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        digests = {name: _sha256(folder / name) for name in (FILE_NAME, OPTIMIZER_FILE)}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: torn or not a checkpoint ({error}){advice}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{folder}: not a checkpoint of format {FORMAT}{advice}")
+    for name, digest in digests.items():
+        if state["files"].get(name) != digest:
+            raise CheckpointError(f"{folder / name}: has changed since it was written{advice}")
+    return state
+
+
+def check_position(folder: Path, state: dict[str, Any], position: dict[str, Any]) -> None:
+    """Refuse to go on from a checkpoint of another run.
+
+    Raises:
+        CheckpointError: names the first field that differs, with both values.
+    """
+    for name, value in position.items():
+        if state.get(name) != value:
+            raise CheckpointError(
+                f"{folder}: {name} was {state.get(name)!r} and is now {value!r}; "
+                "resume with what it was, or start anew in another --output_dir"
+            )
+
+
+def load_checkpoint(folder: Path, state: dict[str, Any], run: RunState) -> None:
+    """Give a run the state of a checkpoint that `read_state` has read."""
+    from safetensors.torch import load_file
+
+    load_lora_state(run.transformer, folder / FILE_NAME)
+    unpack_state(run.optimizer, load_file(folder / OPTIMIZER_FILE), state["optimizer"])
+    run.schedule.load_state_dict(state["schedule"])
+    if run.scaler and state["scaler"]:
+        run.scaler.load_state_dict(state["scaler"])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
