@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 PIXELS_VERSION: int = 1
 
 INDEXED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # where a seek lands on the keyframe it names
+DECORD_CODECS = ("h264", "vp8", "vp9", "av1")
 DECORD_BATCH = 8  # full-size frames held at once
 
 
@@ -41,7 +42,8 @@ class Probe:
     Attributes:
         pts: when each visible frame is shown, in units of `time_base`, never decreasing.
         time_base: seconds.
-        rate: average frames a second as the container tells it, else as the times do; 0 for a single frame.
+        rate: visible frames a second on average.
+        codec: FFmpeg's name of it.
         coded_height, coded_width: pixels as they are stored.
         pixel_aspect: width of a stored pixel over its height.
         rotation: degrees clockwise to show it: 0, 90, 180 or 270.
@@ -54,6 +56,7 @@ class Probe:
     pts: tuple[int, ...]
     time_base: Fraction
     rate: Fraction
+    codec: str
     coded_height: int
     coded_width: int
     pixel_aspect: Fraction
@@ -167,12 +170,13 @@ def _probe(container: InputContainer, stream: VideoStream) -> Probe:
     else:
         time_base = 1 / (stream.guessed_rate or stream.average_rate or Fraction(25))
         shown, is_timed, is_seekable = list(range(len(stamps))), False, False
-    seconds = (shown[-1] - shown[0]) * time_base
+    seconds = (shown[-1] - shown[0]) * time_base  # more to rely on than the container's rate: GIF's is 25 for 24
     rotation, flipped = _orientation(first)
     return Probe(
         pts=tuple(shown),
         time_base=time_base,
-        rate=stream.average_rate or ((len(shown) - 1) / seconds if seconds else Fraction(0)),
+        rate=(len(shown) - 1) / seconds if seconds else stream.average_rate or Fraction(0),
+        codec=stream.codec.canonical_name,
         coded_height=first.height,
         coded_width=first.width,
         pixel_aspect=stream.sample_aspect_ratio or Fraction(1),
@@ -191,10 +195,9 @@ def _decode(packet: Packet) -> list[VideoFrame]:
 
 def _is_fresh_start(keyframe: Packet, stream: VideoStream) -> bool:
     """Whether decoding can start here. Of H.264's keyframes only an IDR picture (unit type 5) promises that."""
-    codec = stream.codec_context
-    if codec.name != "h264":
+    if stream.codec.canonical_name != "h264":
         return True
-    header = codec.extradata
+    header = stream.codec_context.extradata
     if not header or header[0] != 1:  # without the lengths that MP4 and Matroska put before each unit
         return False
     data, size_bytes, offset = bytes(keyframe), (header[4] & 3) + 1, 0
@@ -259,13 +262,13 @@ def _upright(picture: np.ndarray, probe: Probe) -> np.ndarray:
 def _uses_decord(probe: Probe) -> bool:
     """Whether decord decodes a video; PyAV does the others, to the same pixels where both can.
 
-    decord counts packets and seeks to keyframes. So it is right where each packet is one visible frame, and each
-    keyframe a fresh start. Tried with decord2 3.4 and found wrong without an error: edit lists (hidden frames are
-    counted, the last repeated), open groups of pictures (x265's default, MPEG-2, MPEG-4) and intra refresh (other
-    frames than asked for after a seek), AVI, MPEG-TS and MPEG-PS; it cannot open Ogg or raw H.264. It knows of no
-    flips. GIF was right, but has one keyframe, so that there is nothing to gain.
+    decord counts packets and seeks to keyframes: it is right where each packet is one visible frame, and each keyframe
+    a fresh start. Elsewhere decord2 3.4 gave other frames than those asked for, without an error: edit lists, open
+    groups of pictures, H.264 with intra refresh, AVI, MPEG-TS, MPEG-PS. Ogg and raw H.264 it does not open. HEVC fails
+    after the first closed group (avcodec_send_packet: -11), and most HEVC has open ones. Damaged H.264 is concealed
+    without a word, where PyAV tells. Rotation it applies itself, but not flips. GIF was right, with nothing to gain.
     """
-    return probe.seekable and probe.rotation == 0 and not probe.flipped
+    return probe.seekable and probe.codec in DECORD_CODECS and probe.rotation == 0 and not probe.flipped
 
 
 def _pictures(path: str, probe: Probe, wanted: Sequence[int]) -> Iterator[np.ndarray]:

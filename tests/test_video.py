@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import random
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -47,6 +50,8 @@ KINDS = {  # name: codec, pixel format, file name, options
     "motion jpeg": ("mjpeg", "yuvj420p", "a.mov", {}),
 }
 
+PLAIN = ["h264", "h264 in Matroska", "h264 4:4:4", "h264 grey", "h264 interlaced", "av1", "vp8", "vp9"]
+
 
 def draw(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
     """Red, green, blue and yellow quarters, and across the middle the number's bits, black and white, highest first."""
@@ -57,6 +62,10 @@ def draw(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
         block = slice(width * bit // BITS, width * (bit + 1) // BITS)
         picture[height * 3 // 8 : height * 5 // 8, block] = 255 * (number >> (BITS - 1 - bit) & 1)
     return picture
+
+
+def as_frame(picture: np.ndarray) -> av.VideoFrame:
+    return av.VideoFrame.from_ndarray(picture, "rgb24")
 
 
 def number_of(picture: np.ndarray) -> int:
@@ -72,30 +81,29 @@ def corners_of(picture: np.ndarray) -> str:
     return "".join(min(COLOURS, key=lambda name: abs(point - np.array(COLOURS[name])).sum()) for point in points)
 
 
-def write(
-    path: Path, codec: str, pix_fmt: str, options: dict[str, str] | None = None, *, pictures=None, ticks=None, **settings
-) -> str:
-    """Encode pictures; `ticks` are their times in units of 1/600 s; settings go to the stream or its codec context."""
-    if codec not in av.codecs_available or not _encodes(codec):
+def write(path: Path, codec: str, pix_fmt: str, options: dict[str, str] | None = None, **settings: Any) -> str:
+    """Encode a video; returns its path.
+
+    Args:
+        settings: `pictures`, by default the numbered ones; `ticks`, their times in units of 1/600 s; `rotation`,
+            arguments of `set_display_rotation`; `muxer`, options of the container; all else goes to the codec context.
+    """
+    if not _encodes(codec):
         pytest.skip(f"this PyAV has no encoder {codec}")
-    pictures = [draw(number) for number in range(COUNT)] if pictures is None else pictures
-    rotation = settings.pop("rotation", None)
-    with av.open(path, "w") as container:
-        stream = container.add_stream(codec, FPS, options=options or {})
-        first = pictures[0]
-        stream.height, stream.width = (first.height, first.width) if isinstance(first, av.VideoFrame) else first.shape[:2]
-        stream.pix_fmt = pix_fmt
-        if ticks is not None:
-            stream.codec_context.time_base = Fraction(1, 600)
+    pictures = settings.pop("pictures", None) or [as_frame(draw(number)) for number in range(COUNT)]
+    ticks, rotation = settings.pop("ticks", None), settings.pop("rotation", None)
+    clock = Fraction(1, 600) if ticks else Fraction(1, FPS)
+    with av.open(path, "w", options=settings.pop("muxer", {})) as container:
+        stream: Any = container.add_stream(codec, FPS, options=options or {})
+        stream.height, stream.width, stream.pix_fmt = pictures[0].height, pictures[0].width, pix_fmt
+        stream.codec_context.time_base = clock
         for name, value in settings.items():
             setattr(stream.codec_context, name, value)
-        if rotation is not None:
+        if rotation:
             stream.set_display_rotation(*rotation)
         for number, picture in enumerate(pictures):
-            frame = picture if isinstance(picture, av.VideoFrame) else av.VideoFrame.from_ndarray(picture, "rgb24")
-            frame = frame.reformat(format=pix_fmt)
-            frame.pts = number if ticks is None else ticks[number]
-            frame.time_base = Fraction(1, FPS) if ticks is None else Fraction(1, 600)
+            frame = picture.reformat(format=pix_fmt)
+            frame.pts, frame.time_base = ticks[number] if ticks else number, clock
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return str(path)
@@ -131,14 +139,15 @@ def test_every_kind_gives_its_frames_in_order_at_their_times(kind, tmp_path):
     path = write_kind(kind, tmp_path)
     facts = probe(path)
     assert (facts.height, facts.width, facts.rotation) == (HEIGHT, WIDTH, 0)
-    rate = 25 if kind in ("gif", "h264, no container") else FPS  # GIF counts in 1/100 s, bare H.264 not at all
-    assert facts.fps == pytest.approx(rate, rel=0.001)
-    assert facts.times - facts.times[0] == pytest.approx(np.arange(COUNT) / rate, abs=0.031 if kind == "gif" else 0.001)
+    assert facts.fps == pytest.approx(FPS, rel=0.001)
+    clock = 0.01 if kind == "gif" else 0.001  # the coarsest: GIF's and Matroska's
+    assert facts.times - facts.times[0] == pytest.approx(np.arange(COUNT) / FPS, abs=clock)
     pictures = read_all(path)
     assert numbers_of(pictures) == list(range(COUNT))
     if kind != "h264 grey":
         assert {corners_of(picture) for picture in pictures} == {"RGBY"}
-        assert abs(pictures[3, 10, 20] - np.array(COLOURS["R"])).max() < (40 if kind == "gif" else 12)
+        tolerance = 51 if kind == "gif" else 12  # GIF here has 256 fixed colours
+        assert abs(pictures[3, 10, 20] - np.array(COLOURS["R"])).max() < tolerance
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,22 +159,17 @@ def test_any_frames_in_any_order_are_those_of_a_full_read(kind, tmp_path):
         assert np.array_equal(read_frames(path, facts, indices, whole(facts)), pictures[indices])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PLAIN)
 def test_both_decoders_give_the_same_pixels(kind, tmp_path):
     path = write_kind(kind, tmp_path)
     facts = probe(path)
-    if not video._uses_decord(facts):
-        pytest.skip("PyAV decodes it: decord is wrong there, or no gain")
     for wanted in (range(COUNT), range(1, COUNT, 5), [COUNT - 1]):
         by_decord = np.stack(list(video._decord_pictures(path, facts, wanted)))
         assert np.array_equal(by_decord, np.stack(list(video._pyav_pictures(path, facts, wanted))))
 
 
 def test_plain_files_go_to_decord_and_the_others_to_pyav(tmp_path):
-    by_decord = {kind for kind in KINDS if video._uses_decord(probe(write_kind(kind, tmp_path)))}
-    assert {"h264", "h264 in Matroska", "hevc 10 bit", "av1", "vp9", "prores"} <= by_decord
-    assert not by_decord & {"h264, open groups", "h264, intra refresh", "hevc, open groups", "mpeg2", "gif"}
-    assert not by_decord & {"h264 in AVI", "h264 in MPEG-TS", "mpeg4 in AVI", "h264, no container"}
+    assert [kind for kind in KINDS if video._uses_decord(probe(write_kind(kind, tmp_path)))] == PLAIN
 
 
 def test_probe_is_remembered_exactly(tmp_path):
@@ -176,10 +180,12 @@ def test_probe_is_remembered_exactly(tmp_path):
 @pytest.mark.parametrize(("height", "width"), [(97, 129), (95, 128), (96, 127)])
 @pytest.mark.parametrize("kind", ["vp9", "gif", "h264 4:4:4"])
 def test_odd_sizes_keep_their_last_row_and_column(kind, height, width, tmp_path):
-    pictures = read_all(write_kind(kind, tmp_path, pictures=[draw(number, height, width) for number in range(9)]))
+    pictures = read_all(
+        write_kind(kind, tmp_path, pictures=[as_frame(draw(number, height, width)) for number in range(9)])
+    )
     assert pictures.shape == (9, height, width, 3)
     assert numbers_of(pictures) == list(range(9))
-    assert abs(pictures[:, -1, -1] - np.array(COLOURS["Y"])).max() < 40
+    assert abs(pictures[:, -1, -1] - np.array(COLOURS["Y"])).max() < 51
 
 
 @pytest.mark.parametrize(
@@ -190,19 +196,18 @@ def test_rotation_metadata_is_applied(counterclockwise, hflip, corners, tmp_path
     path = write_kind("h264", tmp_path, rotation=(counterclockwise, hflip))
     facts, pictures = probe(path), read_all(path)
     assert (facts.height, facts.width) == ((WIDTH, HEIGHT) if counterclockwise in (90, -90) else (HEIGHT, WIDTH))
-    assert facts.rotation == -counterclockwise % 360 or hflip
     assert {corners_of(picture) for picture in pictures} == {corners}
-    upright = np.rot90(pictures, -counterclockwise // 90, axes=(1, 2)) if not hflip else None
-    assert upright is None or numbers_of(upright) == list(range(COUNT))
+    unflipped = pictures[:, :, ::-1] if hflip else pictures
+    assert numbers_of(np.rot90(unflipped, -counterclockwise // 90, axes=(1, 2))) == list(range(COUNT))
 
 
 def test_trimmed_mp4_gives_its_visible_frames(tmp_path):
     """As `ffmpeg -ss -c copy` does it: packets before the cut stay for the decoder, an edit list hides them."""
-    source, trimmed, cut = write_kind("h264", tmp_path), tmp_path / "trimmed.mp4", 11
+    source, trimmed, cut, keyframe = write_kind("h264", tmp_path), tmp_path / "trimmed.mp4", 11, 8
     with av.open(source) as reader, av.open(trimmed, "w") as writer:
         stream = writer.add_stream_from_template(reader.streams.video[0])
         for packet in reader.demux(reader.streams.video[0]):
-            if packet.dts is None or packet.pts * packet.time_base * FPS < 8:
+            if packet.pts is None or packet.dts is None or packet.pts * packet.time_base * FPS < keyframe:
                 continue
             packet.pts -= round(cut / FPS / packet.time_base)
             packet.dts -= round(cut / FPS / packet.time_base)
@@ -210,7 +215,7 @@ def test_trimmed_mp4_gives_its_visible_frames(tmp_path):
             writer.mux(packet)
     facts, pictures = probe(str(trimmed)), read_all(str(trimmed))
     with av.open(trimmed) as reader:
-        assert sum(packet.size > 0 for packet in reader.demux(video=0)) == COUNT - 8
+        assert sum(packet.size > 0 for packet in reader.demux(video=0)) == COUNT - keyframe
     assert numbers_of(pictures) == list(range(cut, COUNT))
     assert facts.times == pytest.approx(np.arange(COUNT - cut) / FPS)
 
@@ -242,7 +247,7 @@ def test_non_square_pixels_and_rotation_together(tmp_path):
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
 def test_variable_frame_rate_keeps_its_times(name, tmp_path):
     ticks = np.cumsum([0] + [25, 25, 50, 100] * 6)
-    path = write(tmp_path / name, "libx264", "yuv420p", X264, ticks=[int(tick) for tick in ticks])
+    path = write(tmp_path / name, "libx264", "yuv420p", X264, ticks=ticks.tolist())
     assert probe(path).times == pytest.approx(ticks / 600, abs=0.0006)
     assert numbers_of(read_all(path)) == list(range(COUNT))
 
@@ -255,12 +260,10 @@ def flat(rgb: tuple[int, int, int], matrix: str, is_full: bool) -> av.VideoFrame
     number, red, blue = MATRICES[matrix]
     r, g, b = (value / 255 for value in rgb)
     y = red * r + (1 - red - blue) * g + blue * b
-    chroma = (b - y) / 2 / (1 - blue), (r - y) / 2 / (1 - red)
-    offset, luma_range, chroma_range = (0, 255, 255) if is_full else (16, 219, 224)
+    cb, cr = (b - y) / 2 / (1 - blue), (r - y) / 2 / (1 - red)
+    values = (255 * y, 128 + 255 * cb, 128 + 255 * cr) if is_full else (16 + 219 * y, 128 + 224 * cb, 128 + 224 * cr)
     frame = av.VideoFrame(WIDTH, HEIGHT, "yuv420p")
-    for plane, value in zip(
-        frame.planes, (offset + luma_range * y, *(128 + chroma_range * c for c in chroma)), strict=True
-    ):
+    for plane, value in zip(frame.planes, values, strict=True):
         plane.update(bytes([round(value)]) * plane.buffer_size)
     frame.colorspace, frame.color_range = number, 2 if is_full else 1
     return frame
@@ -270,17 +273,11 @@ def flat(rgb: tuple[int, int, int], matrix: str, is_full: bool) -> av.VideoFrame
 @pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("is_full", [False, True])
 def test_range_and_matrix_are_those_of_the_file(codec, matrix, is_full, tmp_path):
-    options = {"crf": "4", "preset": "10"} if codec == "libsvtav1" else {"crf": "4", "x265-params": "log-level=none"}
+    options = {"libsvtav1": {"preset": "10"}, "libx265": {"x265-params": "log-level=none"}}.get(codec, {})
+    tags = {"colorspace": MATRICES[matrix][0], "color_range": 2 if is_full else 1}
     for rgb in ((200, 60, 100), (12, 240, 30)):
-        path = write(
-            tmp_path / ("a.webm" if codec == "libvpx-vp9" else "a.mp4"),
-            codec,
-            "yuv420p",
-            {name: value for name, value in options.items() if name != "x265-params" or codec == "libx265"},
-            pictures=[flat(rgb, matrix, is_full) for _ in range(3)],
-            colorspace=MATRICES[matrix][0],
-            color_range=2 if is_full else 1,
-        )
+        pictures = [flat(rgb, matrix, is_full)] * 3
+        path = write(tmp_path / "a.mkv", codec, "yuv420p", {"crf": "4", **options}, pictures=pictures, **tags)
         assert abs(read_all(path) - np.array(rgb)).max() <= 4
 
 
@@ -291,17 +288,14 @@ def reference(path: str, placement: Placement) -> np.ndarray:
     size = (placement.resized_height, placement.resized_width)
     channels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(channels, size, mode="bicubic", antialias=True)
-    return resized.permute(0, 2, 3, 1).numpy()[
-        :,
-        placement.top : placement.top + placement.height,
-        placement.left : placement.left + placement.width,
-    ]
+    bottom, right = placement.top + placement.height, placement.left + placement.width
+    return resized.permute(0, 2, 3, 1).numpy()[:, placement.top : bottom, placement.left : right]
 
 
 @pytest.mark.parametrize("target", [(48, 80), (64, 48), (192, 256), (96, 128)])
 def test_resize_and_crop_equal_an_independent_interpolation(target, tmp_path):
     path = write_kind("h264", tmp_path)
-    placement = place(HEIGHT, WIDTH, *target, "random", random.Random(5))
+    placement = place(HEIGHT, WIDTH, target[0], target[1], "random", random.Random(5))
     pictures = read_frames(path, probe(path), range(COUNT), placement)
     assert pictures.flags.c_contiguous
     assert np.array_equal(pictures, reference(path, placement))
@@ -318,9 +312,10 @@ def test_resize_agrees_with_pillow(tmp_path):
 def test_stretched_pixels_are_resampled_once(tmp_path):
     """From the coded size straight to the placement's: another resampling between would blur."""
     path = write_kind("h264", tmp_path, sample_aspect_ratio=Fraction(2))
-    placement = place(*(lambda facts: (facts.height, facts.width))(probe(path)), 48, 96, "center", None)
+    facts = probe(path)
+    placement = place(facts.height, facts.width, 48, 96, "center", None)
     assert (placement.resized_height, placement.resized_width) == (48, 128)
-    assert np.array_equal(read_frames(path, probe(path), range(COUNT), placement), reference(path, placement))
+    assert np.array_equal(read_frames(path, facts, range(COUNT), placement), reference(path, placement))
 
 
 def test_mirrored_clip_is_the_plain_one_reversed(tmp_path):
@@ -370,14 +365,7 @@ def test_sound_alone_has_no_video_stream(tmp_path):
 
 
 def test_torn_download_gives_the_frames_that_it_holds(tmp_path):
-    codec, pix_fmt, name, options = KINDS["h264"]
-    path = tmp_path / name
-    with av.open(path, "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream(codec, FPS, options=options)
-        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, pix_fmt
-        for number in range(COUNT):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(draw(number), "rgb24")))
-        container.mux(stream.encode())
+    path = Path(write_kind("h264", tmp_path, muxer={"movflags": "faststart"}))
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     facts, pictures = probe(str(path)), read_all(str(path))
     assert 5 < len(facts.pts) < COUNT
@@ -395,6 +383,7 @@ def damage(path: Path, number: int) -> None:
     with av.open(path) as container:
         packet = [packet for packet in container.demux(video=0) if packet.size][number]
         position, size_bytes = packet.pos, packet.size
+    assert position is not None
     content = bytearray(path.read_bytes())
     content[position + 6 : position + size_bytes] = bytes(size_bytes - 6)
     path.write_bytes(content)
@@ -418,9 +407,6 @@ def test_frames_that_are_promised_but_not_there_are_reported(kind, tmp_path):
 
 
 def test_probing_imports_no_torch(tmp_path):
-    import subprocess
-    import sys
-
-    code = f"import sys; from preprocess.video import probe; probe({write_kind('h264', tmp_path)!r}); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.stdout.strip() == "False", done.stderr
+    code = "import sys; from preprocess.video import probe; probe(sys.argv[1]); assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code, write_kind("h264", tmp_path)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
