@@ -53,7 +53,7 @@ class InferConfig:
     """Seed of each video's noise."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What transformer and VAE run in; auto: as in training, else as stored (float16 on a CPU: float32)."""
+    """What the models run in; auto: as in training, else as their weights are stored (float16 on a CPU: float32)."""
     output_dir: str = "videos"
     """Folder of the videos and their recipes, made when it is not there."""
 

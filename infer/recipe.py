@@ -125,13 +125,13 @@ def make_recipes(config: InferConfig, checkpoint: Checkpoint, lora: Lora | None)
     facts = lora.facts if lora else None
     if facts:
         fps, token = facts.fps, facts.id_token
-        text_dtype, cache_dtype = choose_dtype("auto", facts.text_dtype), facts.cache_dtype
-        dtype = choose_dtype(config.dtype, facts.dtype)
+        dtype, text_dtype, cache_dtype = facts.dtype, facts.text_dtype, facts.cache_dtype
     else:
         fps, token = float(checkpoint.facts.native_fps), None
-        text_dtype, cache_dtype = choose_dtype(config.dtype, checkpoint.stored_dtype("text_encoder")), "float16"
-        dtype = choose_dtype(config.dtype, checkpoint.stored_dtype("transformer"))
+        dtype, text_dtype = checkpoint.stored_dtype("transformer"), checkpoint.stored_dtype("text_encoder")
+        cache_dtype = "float16"
     bucket, device = choose_bucket(config, checkpoint, facts), choose_device()
+    model = {name: getattr(checkpoint, name) for name in ("name", "revision", "variant")}
     recipes: dict[str, Recipe] = {}
     for prompt in config.texts():
         text = effective_prompt(prompt, token if config.id_token else None)
@@ -149,15 +149,10 @@ def make_recipes(config: InferConfig, checkpoint: Checkpoint, lora: Lora | None)
             use_dynamic_cfg=config.use_dynamic_cfg,
             lora_scale=config.lora_scale,
             lora=lora.describe() if lora else None,
-            model={
-                "name": checkpoint.name,
-                "revision": checkpoint.revision,
-                "variant": checkpoint.variant,
-                "kind": checkpoint.facts.kind,
-            },
+            model={**model, "kind": checkpoint.facts.kind},
             scheduler=checkpoint.config("scheduler"),
-            dtype=dtype,
-            text_dtype=text_dtype,
+            dtype=choose_dtype(config.dtype, dtype),
+            text_dtype=choose_dtype(config.dtype, text_dtype),
             cache_dtype=cache_dtype,
             device=device,
             vae_tiling=device == "cuda",

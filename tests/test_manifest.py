@@ -412,7 +412,7 @@ def test_a_clone_of_a_hub_data_set_is_read_by_datasets(root, tmp_path):
 def test_a_video_feature_of_the_hub_is_not_decoded_and_named_alike_on_every_machine(root, tmp_path, monkeypatch):
     columns = {"clip": [str(root / name) for name in NAMES], "caption": CAPTIONS}
     dataset = datasets.Dataset.from_dict(columns).cast_column("clip", datasets.Video())
-    monkeypatch.setattr(manifest, "_load_hub", lambda *_: (dataset, root))
+    monkeypatch.setattr(manifest, "load_hub", lambda *_: (dataset, root))
 
     records = read(
         "owner/name", instance_data_root=add_video(tmp_path / "elsewhere" / "a.mp4").parent, video_column="clip"
