@@ -32,8 +32,10 @@ clean:  ## what was built here; caches and runs made elsewhere stay
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (a few minutes, once)"
 	$(INSTALL) ".[demo]"
+	rm -rf build latentreel.egg-info
 	touch $@
 
 .venv/dev-is-ready: .venv/demo-is-ready
 	$(INSTALL) ".[demo,dev]"
+	rm -rf build latentreel.egg-info
 	touch $@

@@ -10,9 +10,12 @@ from shared.errors import run_command
 def main(argv: list[str]) -> int:
     """Run stage 3 and print a line for each video as it is made."""
     config = parse_config(InferConfig, argv, "python -m infer")
-    from infer.generate import generate  # late: --help and a typo are answered at once
+    from infer.request import resolve  # late, as what follows: --help and mistakes are answered before torch loads
 
-    for video in generate(config):
+    request = resolve(config)
+    from infer.generate import generate
+
+    for video in generate(request):
         print(f"{video.path}  {video.seconds:.1f} s  {' '.join(video.prompt.split())}", flush=True)
     return 0
 

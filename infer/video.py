@@ -27,7 +27,7 @@ def write_mp4(path: Path, frames: np.ndarray, fps: Fraction) -> None:
     from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
     temporary = path.with_name(f".{path.name}.tmp")
-    settings = {"crf": CRF, "preset": "slow", "threads": "1"}  # with more threads, the bytes depend on their number
+    settings = {"crf": CRF, "threads": "1"}  # with more threads, the bytes depend on their number
     try:
         # bitexact: no library versions in the file; faststart: a browser plays it before it has all of it
         with av.open(temporary, "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}) as file:

@@ -128,24 +128,33 @@ class DecodePool:
         """A child's answer and what follows it; frames are written to `frames`."""
         child = self._idle.get()
         try:
-            if child is None:
-                child = self._start()
-            return child.ask(request, frames, self._timeout)
-        except (TimeoutError, EOFError, BrokenPipeError) as error:
-            assert child is not None
-            failed, child = child, None
-            if isinstance(error, TimeoutError):
-                failed.kill()
-            status = self._discard(failed)
-            if self._is_closed:
-                raise CancelledError from error  # no verdict on the video, and none when the child never worked
-            if not failed.has_started:
-                raise RuntimeError(f"a decoder could not start ({status}); stderr may tell why") from error
-            if isinstance(error, TimeoutError):
-                raise VideoError("timed_out", f"{request['path']}: not done in {self._timeout:g} s") from error
-            raise VideoError("decoder_crashed", f"{request['path']}: the decoder ended with {status}") from error
+            while True:
+                is_new = child is None
+                child = child or self._start()
+                try:
+                    return child.ask(request, frames, self._timeout)
+                except (TimeoutError, EOFError, BrokenPipeError) as error:
+                    failed, child = child, None
+                    verdict = self._verdict(failed, error)
+                    if is_new or failed.is_ready:
+                        raise verdict from error  # else it died since its last task: this one goes to a new child
         finally:
             self._idle.put(child)
+
+    def _verdict(self, failed: _Child, error: Exception) -> Exception:
+        """What to say of a task whose child hangs or is gone; ends that child."""
+        if isinstance(error, TimeoutError):
+            failed.kill()
+        with self._lock:
+            self._children.discard(failed)
+        status = failed.end()
+        if self._is_closed:
+            return CancelledError()
+        if not failed.is_ready:  # that is no verdict on the video
+            return RuntimeError(f"a decoder could not start ({status}); stderr may tell why")
+        if isinstance(error, TimeoutError):
+            return VideoError("timed_out", f"not done in {self._timeout:g} s")
+        return VideoError("decoder_crashed", f"its decoder ended with {status}")
 
     def _start(self) -> _Child:
         with self._lock:
@@ -155,14 +164,13 @@ class DecodePool:
             self._children.add(child)
             return child
 
-    def _discard(self, child: _Child) -> str:
-        with self._lock:
-            self._children.discard(child)
-        return child.end()
-
 
 class _Child:
-    """The parent's end of one child process."""
+    """The parent's end of one child process.
+
+    Attributes:
+        is_ready: its imports for the task are done.
+    """
 
     def __init__(self, command: list[str] | None) -> None:
         self._process = subprocess.Popen(
@@ -177,7 +185,8 @@ class _Child:
         assert self._process.stdout is not None
         self._requests, self._answers = self._process.stdin.fileno(), self._process.stdout.fileno()
         os.set_blocking(self._requests, False)  # a child that hangs reads nothing
-        self.has_started = command is not None
+        self._is_substitute = command is not None
+        self.is_ready = self._is_substitute
 
     def ask(self, request: dict[str, Any], frames: np.ndarray | None, timeout: float) -> tuple[dict[str, Any], bytes]:
         """The answer to a request and the bytes after it.
@@ -186,11 +195,12 @@ class _Child:
             TimeoutError, EOFError, BrokenPipeError: the child hangs or is gone.
             VideoError: that the child met.
         """
-        deadline = time.monotonic() + (timeout if self.has_started else STARTUP_S)
+        self.is_ready = self._is_substitute
+        deadline = time.monotonic() + (timeout if self.is_ready else STARTUP_S)
         self._send(_message(request), deadline)
         answer = self._receive(deadline)
         if "ready" in answer:
-            self.has_started = True
+            self.is_ready = True
             deadline = time.monotonic() + timeout
             answer = self._receive(deadline)
         if "reason" in answer:
@@ -257,27 +267,33 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """The child's life: answer requests until there are no more."""
     while head := requests.read(4):
         request = json.loads(requests.read(int.from_bytes(head)))
+        _import_libraries(request["task"])
+        answers.write(_message({"ready": True}))
+        answers.flush()
         try:
-            answer, follows = _answer(request, answers)
+            answer, follows = _answer(request)
         except VideoError as error:
             answer, follows = {"reason": error.reason, "detail": error.detail}, []
         except Exception as error:  # whatever a strange file brings about is that file's verdict, and told on stderr
             traceback.print_exc()
-            answer, follows = {"reason": "decoder_crashed", "detail": f"{request['path']}: {error!r}"}, []
+            answer, follows = {"reason": "decoder_crashed", "detail": repr(error)}, []
         answers.writelines([_message(answer), *follows])
         answers.flush()
 
 
-def _answer(request: dict[str, Any], answers: BinaryIO) -> tuple[dict[str, Any], list[Any]]:
-    """The answer to a request, and what is to follow it."""
-    import av  # noqa: F401  (before the time limit counts)
+def _import_libraries(task: str) -> None:
+    """Import what a task needs, so that the time limit and the verdict are about the video alone."""
+    import av  # noqa: F401
 
-    if request["task"] == "read":
+    if task == "read":
+        import decord  # noqa: F401
         import torch
 
         torch.set_num_threads(1)  # the other cores have children of their own
-    answers.write(_message({"ready": True}))
-    answers.flush()
+
+
+def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """The answer to a request, and what is to follow it."""
     if request["task"] == "probe":
         return {"probe": probe(request["path"]).to_dict()}, []
     placement = Placement(**request["placement"])

@@ -70,35 +70,34 @@ class Store:
         self.fingerprint = digest_of(self.facts, KEY_BYTES).hex()
         self.folder = f"{kind}/{self.fingerprint}"
         self._parts: list[str] = []
-        self._read: set[str] = set()
         self._keys = np.empty(0, f"S{KEY_BYTES}")  # sorted; of equal keys the first part's comes first
         self._rows = np.empty(0, [("part", "i4"), ("offset", "i8"), ("size", "i8"), ("crc", "u4"), ("tokens", "i4")])
 
     def refresh(self) -> None:
         """Read the indexes that were published since the last look."""
         names = self.storage.names(self.folder)
-        new = [name for name in names if name.endswith(".parquet") and name not in self._read]
-        keys, rows = [self._keys], [self._rows]
+        known = {f"{part}.parquet" for part in self._parts}
+        new = [name for name in names if name.endswith(".parquet") and name not in known]
+        parts, keys, rows = [*self._parts], [self._keys], [self._rows]
         for name in new:
             table, facts = read_index(self.storage.read(f"{self.folder}/{name}"), self.storage.full(name))
             if name != f"{facts['part']}.parquet":
                 raise CacheError(f"{self.storage.full(self.folder)}/{name}: is the index of part {facts['part']}")
             table = table.filter(_is_member(table, MEMBERS[self.kind]))
             found = np.empty(len(table), self._rows.dtype)
-            found["part"] = len(self._parts)
+            found["part"] = len(parts)
             found["offset"] = table["offset"].to_numpy()
             found["size"] = table["size_bytes"].to_numpy()
             found["crc"] = table["crc32"].to_numpy()
             found["tokens"] = table["tokens"].fill_null(-1).to_numpy()
             keys.append(np.array([key.as_py() for key in table["key"]], self._keys.dtype))
             rows.append(found)
-            self._parts.append(facts["part"])
-            self._read.add(name)
-        if new:
+            parts.append(facts["part"])
+        if new:  # only now: an index that is refused must not leave half of a look behind
             all_keys, all_rows = np.concatenate(keys), np.concatenate(rows)
-            rank = np.argsort(np.argsort(np.array(self._parts)))  # "the first by part name counts"
+            rank = np.argsort(np.argsort(np.array(parts)))  # "the first by part name counts"
             order = np.lexsort((rank[all_rows["part"]], all_keys))
-            self._keys, self._rows = all_keys[order], all_rows[order]
+            self._parts, self._keys, self._rows = parts, all_keys[order], all_rows[order]
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
         """For each key the row that `location` and `tokens` take, until the next refresh; -1: not in the store."""
@@ -131,7 +130,7 @@ class Store:
     def publish(self, shard: Shard) -> None:
         """Make a finished part visible: the tar, then the index that declares it complete."""
         if not self.storage.exists(f"{self.folder}/fingerprint.json"):
-            self.storage.write(f"{self.folder}/fingerprint.json", canonical_json(self.facts))
+            self.storage.write(f"{self.folder}/fingerprint.json", canonical_json(self.facts), shard.tar.parent)
         self.storage.publish(shard.tar, f"{self.folder}/{shard.part}.tar")
         self.storage.publish(shard.index, f"{self.folder}/{shard.part}.parquet")
         self.refresh()
@@ -148,6 +147,8 @@ class Cache:
 
     def __init__(self, url: str) -> None:
         self.storage = Storage(url)
+        if self.storage.is_local and self.storage.exists("") and not self.storage.local().is_dir():
+            raise CacheError(f"{self.url}: is a file; --cache must be a folder or a URL")
 
     @property
     def url(self) -> str:
@@ -175,7 +176,7 @@ class Cache:
         _remove_dead_writers(writers)
         hidden = Path(tempfile.mkdtemp(prefix=".", dir=writers))
         lock = FileLock(hidden / "lock")
-        assert lock.acquire()
+        lock.acquire()
         name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         folder = hidden.rename(writers / name)  # locked before it has a name: no one can take it for dead
         try:
@@ -188,14 +189,16 @@ class Cache:
 def _remove_dead_writers(writers: Path) -> None:
     """Remove the folders of writers that no longer live: their locks are free."""
     for folder in writers.iterdir():
-        if folder.name.startswith("."):
-            if time.time() - folder.stat().st_mtime > STRANDED_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
-            continue
         lock = FileLock(folder / "lock")
         try:
+            if folder.name.startswith("."):
+                if time.time() - folder.stat().st_mtime > STRANDED_SECONDS:
+                    shutil.rmtree(folder, ignore_errors=True)
+                continue
             dead = lock.acquire()
-        except (FileNotFoundError, NotADirectoryError):  # it has just been removed by its owner
+        except (FileNotFoundError, NotADirectoryError):  # it has just been named, or removed, by its owner
+            continue
+        except PermissionError:  # another user's
             continue
         if dead:
             shutil.rmtree(folder, ignore_errors=True)

@@ -62,7 +62,7 @@ def _flags_of(config_type: type, file: Path) -> list[str]:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {file}: cannot be read ({error.strerror}); give a TOML file's path") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {file}: not valid TOML: {error}") from error
     types = typing.get_type_hints(config_type)
     flags: list[str] = []
@@ -75,6 +75,8 @@ def _flags_of(config_type: type, file: Path) -> list[str]:
             if types[key] is not bool:
                 raise ConfigError(f"{file}: {key} = {str(value).lower()}; must not be a boolean")
             flags.append(f"--{key}" if value else f"--no_{key}")
+        elif types[key] is bool:
+            raise ConfigError(f"{file}: {key} = {value!r}; must be true or false")
         elif isinstance(value, int | float | str):
             flags.append(f"--{key}={value}")
         else:

@@ -13,6 +13,7 @@ one version, and training can say which it saw.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ import pyarrow.parquet as pq
 from shared.cache import KEY_BYTES, Cache
 from shared.errors import CacheError, ConfigError
 from shared.shards import FORMAT_VERSION, Location
-from shared.storage import canonical_json, digest_of, fsync_folder
+from shared.storage import Storage, canonical_json, digest_of, fsync_folder
 
 MEMBER_KINDS = ("latent", "mirrored", "image", "embedding")
 STORE_OF = {"latent": "latents", "mirrored": "latents", "image": "images", "embedding": "embeddings"}
@@ -86,7 +87,8 @@ def sample_id(source: str, start_s: float | None, end_s: float | None, mirrored:
     Args:
         occurrence: how many rows before it in the manifest have the same source and segment (other captions).
     """
-    facts: list[Any] = ["sample", source, start_s, end_s, mirrored]
+    segment = [None if time_s is None else float(time_s) for time_s in (start_s, end_s)]
+    facts: list[Any] = ["sample", source, *segment, mirrored]
     return digest_of([*facts, occurrence] if occurrence else facts, KEY_BYTES).hex()
 
 
@@ -140,22 +142,30 @@ def publish_dataset(
     for file in build.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-    folder = f"datasets/{name}/versions/{digest}"
-    storage = cache.storage
-    if storage.is_local and not storage.exists(folder):
-        target = storage.local(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        build.rename(target)
-        fsync_folder(target.parent)
-    else:
-        for file in sorted(build.iterdir()):
-            storage.publish(file, f"{folder}/{file.name}")
-    storage.write(f"datasets/{name}/CURRENT", digest.encode() + b"\n")
+    fsync_folder(build)
+    _publish_folder(cache.storage, build, f"datasets/{name}/versions/{digest}")
+    cache.storage.write(f"datasets/{name}/CURRENT", digest.encode() + b"\n", writer)
     return digest
 
 
+def _publish_folder(storage: Storage, build: Path, folder: str) -> None:
+    """Give a finished folder its name at once; file by file where it has one already, or renaming cannot be done."""
+    if storage.is_local:
+        target = storage.local(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            build.rename(target)
+            fsync_folder(target.parent)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    for file in sorted(build.iterdir()):
+        storage.publish(file, f"{folder}/{file.name}")
+
+
 def _write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
         for start in range(0, max(len(rows), 1), ROW_GROUP):
             writer.write_table(pa.Table.from_pylist(rows[start : start + ROW_GROUP], schema))
 
@@ -184,7 +194,7 @@ class DataSet:
         storage = self.cache.storage
         source = storage.local(path) if storage.is_local else pa.BufferReader(storage.read(path))
         try:
-            file = pq.ParquetFile(source)
+            file = pq.ParquetFile(source, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
             raise CacheError(f"{storage.full(path)}: cannot be read ({error}); run stage 1 again for it") from error
         if not file.schema_arrow.equals(SAMPLES_SCHEMA):
@@ -193,12 +203,25 @@ class DataSet:
 
     def columns(self, *names: str) -> pa.Table:
         """Some columns of samples.parquet, in manifest order."""
-        return self._file.read(columns=list(names))
+        try:
+            return self._file.read(columns=list(names))
+        except (pa.ArrowException, OSError) as error:
+            path = self.cache.storage.full(f"{self.folder}/samples.parquet")
+            raise CacheError(f"{path}: cannot be read ({error}); run stage 1 again for it") from error
 
     def store_folder(self, kind: str) -> str:
-        """The folder, relative to the cache, of the parts of a kind of member (`latent`, `embedding`, ...)."""
+        """The folder, relative to the cache, of the parts of a kind of member (`latent`, `embedding`, ...).
+
+        Raises:
+            CacheError: dataset.json names none.
+        """
         store = STORE_OF[kind]
-        return f"{store}/{self.info['fingerprints'][store]}"
+        told = self.info.get("fingerprints")
+        fingerprint = told.get(store) if isinstance(told, dict) else None
+        if not re.fullmatch(rf"[0-9a-f]{{{2 * KEY_BYTES}}}", str(fingerprint)):
+            path = self.cache.storage.full(f"{self.folder}/dataset.json")
+            raise CacheError(f"{path}: fingerprint of {store} is {fingerprint!r}; run stage 1 again")
+        return f"{store}/{fingerprint}"
 
 
 def open_dataset(cache: Cache, name: str, digest: str | None = None) -> DataSet:
@@ -208,13 +231,16 @@ def open_dataset(cache: Cache, name: str, digest: str | None = None) -> DataSet:
         CacheError: there is none; names those that there are.
     """
     storage = cache.storage
+    check_name(name)
     if digest is None:
         try:
-            digest = storage.read(f"datasets/{check_name(name)}/CURRENT").decode().strip()
+            digest = storage.read(f"datasets/{name}/CURRENT").decode(errors="replace").strip()
         except FileNotFoundError as error:
             known = [known for known in storage.names("datasets") if storage.exists(f"datasets/{known}/CURRENT")]
             hint = f"it has {', '.join(known)}" if known else "it has none; run `python -m preprocess` first"
             raise CacheError(f"{cache.url}: no data set {name!r}; {hint}") from error
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise CacheError(f"{storage.full(f'datasets/{name}')}: {digest!r} is no version; run stage 1 again")
     path = f"datasets/{name}/versions/{digest}/dataset.json"
     try:
         info = json.loads(storage.read(path))

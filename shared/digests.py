@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from shared.storage import write_atomically
@@ -29,8 +30,9 @@ def file_digest(path: Path, *, rehash: bool = False) -> str:
     with target.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     memory = _memory(target)
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(memory, json.dumps({**facts, "sha256": digest}))
+    with suppress(OSError):  # a home that cannot be written to costs time, not the run
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(memory, json.dumps({**facts, "sha256": digest}))
     return digest
 
 
@@ -41,12 +43,11 @@ def known_digest(path: Path) -> str | None:
         return target.name
     try:
         remembered = json.loads(_memory(target).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        facts = _facts(target)
+    except (OSError, ValueError):
         return None
-    known = isinstance(remembered, dict) and all(
-        remembered.get(name) == value for name, value in _facts(target).items()
-    )
-    return str(remembered["sha256"]) if known else None
+    known = isinstance(remembered, dict) and all(remembered.get(name) == value for name, value in facts.items())
+    return remembered.get("sha256") if known else None
 
 
 def _facts(target: Path) -> dict[str, str | int]:

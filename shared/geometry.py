@@ -55,7 +55,7 @@ class Bucket:
     @classmethod
     def parse(cls, text: str) -> Bucket:
         """The bucket that `text` names, as in `49x480x720` (frames x height x width)."""
-        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
+        match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})x([0-9]{1,9})", text.strip())
         if not match:
             raise ConfigError(f"bucket {text!r}: must be FRAMESxHEIGHTxWIDTH, such as 49x480x720")
         return cls(*(int(group) for group in match.groups()))

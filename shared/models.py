@@ -6,7 +6,6 @@ Every fact comes from a config file, never from a name. Only safetensors are loa
 from __future__ import annotations
 
 import json
-import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -106,7 +105,8 @@ class Checkpoint:
             raise ModelError(f"{path}: is missing; {self.name} must be a whole CogVideoX checkpoint") from error
         except ValueError as error:
             raise ModelError(f"{path}: not JSON ({error}); download the checkpoint again") from error
-        assert isinstance(config, dict)
+        if not isinstance(config, dict):
+            raise ModelError(f"{path}: not a JSON object; download the checkpoint again")
         return config
 
     @cached_property
@@ -136,13 +136,13 @@ class Checkpoint:
                 scaling_factor=vae["scaling_factor"],
                 invert_scale_latents=vae.get("invert_scale_latents", False),
             )
+            spatial, temporal = 2 ** (len(vae["block_out_channels"]) - 1), vae["temporal_compression_ratio"]
         except KeyError as error:
             raise ModelError(f"{self.name}: its configs have no {error}; it must be a CogVideoX checkpoint") from error
-        spatial = 2 ** (len(vae["block_out_channels"]) - 1)
-        if (spatial, vae["temporal_compression_ratio"]) != (SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION):
+        if (spatial, temporal) != (SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION):
             raise ModelError(
-                f"{self.name}: its VAE compresses {spatial} x in space and {vae['temporal_compression_ratio']} x in "
-                f"time; must be {SPATIAL_COMPRESSION} x and {TEMPORAL_COMPRESSION} x, as every CogVideoX's"
+                f"{self.name}: its VAE compresses {spatial} x in space and {temporal} x in time; "
+                f"must be {SPATIAL_COMPRESSION} x and {TEMPORAL_COMPRESSION} x, as every CogVideoX's"
             )
         if facts.patch_size * SPATIAL_COMPRESSION != SIDE_MULTIPLE:
             raise ModelError(f"{self.name}: patch_size = {facts.patch_size}; must be 2, as every CogVideoX's")
@@ -162,7 +162,10 @@ class Checkpoint:
         index = folder / f"{stem}.safetensors.index{variant}.json"
         if not index.exists():
             raise ModelError(f"{folder}: has no {whole.name}; convert or download the weights as safetensors")
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index}: not an index of weight files; download the checkpoint again") from error
         for name in names:
             if not (folder / name).exists():
                 raise ModelError(f"{folder / name}: is missing; download the checkpoint again")
@@ -227,13 +230,16 @@ def open_checkpoint(
 
 
 def _safetensors_header(path: Path) -> dict[str, Any]:
+    """What a safetensors file says of its tensors: their names, dtypes, shapes and places."""
     with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        if size > min(path.stat().st_size, 100_000_000):
-            raise ModelError(f"{path}: not a safetensors file; download it again")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    return dict(header)
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(size)) if size <= min(path.stat().st_size, 100_000_000) else None
+        except ValueError:
+            header = None
+    if not isinstance(header, dict) or not header.keys() - {"__metadata__"}:
+        raise ModelError(f"{path}: not a safetensors file, or an empty one; download it again")
+    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
 
 
 def choose_device() -> str:

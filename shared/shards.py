@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
+import re
 import tarfile
 import zlib
 from dataclasses import dataclass
@@ -24,11 +26,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shared.errors import CacheError
-from shared.storage import Storage, canonical_json
+from shared.storage import Storage, canonical_json, digest_of
 
 FORMAT_VERSION = 1
 PART_DIGITS = 32  # hex digits of a part's name
-MAX_NPY_HEADER = 4096  # bytes; ours take 128
+# The .npy files that we and numpy write of an array of numbers: version 1.0, little-endian floats, C order. Others are
+# refused here, unread: numpy's own reader of headers evaluates them.
+NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(..)(\{'descr': '(<f[248])', 'fortran_order': False, "
+    rb"'shape': \(((?:[1-9][0-9]{0,9}, )*[1-9][0-9]{0,9},?)\), \} *\n)",
+    re.DOTALL,
+)
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -42,6 +50,7 @@ INDEX_SCHEMA = pa.schema(
         ("tokens", pa.int32()),  # of a prompt, before truncation, else null
     ]
 )
+NEVER_NULL = ("key", "member", "offset", "size_bytes", "crc32")
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,11 @@ class Location:
     offset: int
     size_bytes: int
     crc32: int
+
+    def __post_init__(self) -> None:
+        numbers = (self.offset, self.size_bytes, self.crc32)
+        if not _is_part(self.part) or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+            raise CacheError(f"{self}: cannot be where a member lies; run stage 1 again")
 
 
 @dataclass(frozen=True)
@@ -112,6 +126,7 @@ class ShardWriter:
     def finish(self) -> Shard:
         """Close the tar, write its index, flush both to the disk."""
         self._tar.close()
+        self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         with self._path.open("rb") as file:
@@ -134,12 +149,13 @@ class ShardWriter:
 
 
 def write_index(path: Path, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Write a part's index and flush it to the disk; its metadata hold `facts` and the digest of its rows."""
+    """Write a part's index and flush it to the disk; its metadata hold `facts` and the digest of them and its rows."""
     table = pa.Table.from_pylist(rows, INDEX_SCHEMA)
-    facts = {"format_version": FORMAT_VERSION, **facts, "index_sha256": rows_digest(table)}
+    facts = {"format_version": FORMAT_VERSION, **facts}
+    facts["index_sha256"] = index_digest(table, facts)
     table = table.replace_schema_metadata({b"latentreel": canonical_json(facts)})
     with path.open("wb") as file:
-        pq.write_table(table, file, compression="zstd")
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
         file.flush()
         os.fsync(file.fileno())
 
@@ -156,20 +172,36 @@ def read_index(data: bytes, name: str) -> tuple[pa.Table, dict[str, Any]]:
     """
     repair = "; run `python -m preprocess.verify CACHE --repair`"
     try:
-        table = pq.read_table(pa.BufferReader(data))
-        facts = json.loads((table.schema.metadata or {})[b"latentreel"])
-    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        facts = json.loads((file.schema_arrow.metadata or {})[b"latentreel"])
+        version = facts["format_version"]
+    except (pa.ArrowException, KeyError, TypeError, ValueError, OSError, RecursionError) as error:
         raise CacheError(f"{name}: not a shard index ({type(error).__name__}){repair}") from error
-    if facts.get("format_version") != FORMAT_VERSION:
-        raise CacheError(f"{name}: format version {facts.get('format_version')}; this program reads {FORMAT_VERSION}")
-    if not table.schema.equals(INDEX_SCHEMA):
+    if version != FORMAT_VERSION:
+        raise CacheError(f"{name}: format version {version}; this program reads {FORMAT_VERSION}")
+    if not file.schema_arrow.equals(INDEX_SCHEMA):
         raise CacheError(f"{name}: other columns than a shard index has{repair}")
-    if facts.get("index_sha256") != rows_digest(table):
+    try:
+        table = file.read()
+        whole = not any(table[column].null_count for column in NEVER_NULL)
+        whole = whole and facts.get("index_sha256") == index_digest(table, facts)
+    except (pa.ArrowException, ValueError, OSError):
+        whole = False
+    if not whole:
         raise CacheError(f"{name}: differs from its own digest{repair}")
+    part, tar_size = facts.get("part"), facts.get("tar_size_bytes")
+    if not _is_part(part) or type(tar_size) is not int or not 0 <= tar_size < 2**63:
+        raise CacheError(f"{name}: names no part, or not its size{repair}")
     offsets, sizes = (table[column].to_numpy() for column in ("offset", "size_bytes"))
-    if len(table) and ((offsets < 0) | (sizes <= 0) | (sizes > facts["tar_size_bytes"] - offsets)).any():
-        raise CacheError(f"{name}: a member lies outside its tar of {facts['tar_size_bytes']} bytes{repair}")
+    if ((offsets < 0) | (sizes <= 0) | (sizes > tar_size - offsets)).any():
+        raise CacheError(f"{name}: a member lies outside its tar of {tar_size} bytes{repair}")
     return table, facts
+
+
+def index_digest(table: pa.Table, facts: dict[str, Any]) -> str:
+    """sha256 over an index: the digest of its rows and all other facts in its metadata."""
+    others = {name: value for name, value in facts.items() if name != "index_sha256"}
+    return digest_of([others, rows_digest(table)]).hex()
 
 
 def rows_digest(table: pa.Table) -> str:
@@ -193,24 +225,21 @@ def decode_array(payload: bytes, name: str) -> np.ndarray:
     Raises:
         CacheError: not an array of numbers, or of another size than its header claims.
     """
-    buffer = io.BytesIO(payload)
-    try:
-        version = np.lib.format.read_magic(buffer)
-        if version != (1, 0):
-            raise ValueError(f"version {version}")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(buffer, max_header_size=MAX_NPY_HEADER)
-    except ValueError as error:
-        raise CacheError(f"{name}: not an .npy array ({error}); run `python -m preprocess.verify`") from error
-    start = buffer.tell()
-    count = 1
-    for side in shape:
-        count *= int(side)
-    if dtype.kind != "f" or fortran or count < 0 or start + count * dtype.itemsize != len(payload):
+    match = NPY_HEADER.match(payload)
+    if not match or int.from_bytes(match[1], "little") != len(match[2]):
+        raise CacheError(f"{name}: not an .npy array of floats; run `python -m preprocess.verify`")
+    dtype, start = np.dtype(match[3].decode()), match.end()
+    shape = [int(side) for side in match[4].split(b",") if side]
+    if start + math.prod(shape) * dtype.itemsize != len(payload):
         raise CacheError(
             f"{name}: its header claims {dtype} {shape}, which is not its {len(payload)} bytes; "
             "run `python -m preprocess.verify`"
         )
-    return np.frombuffer(payload, dtype, count, start).reshape(shape)
+    return np.frombuffer(payload, dtype, offset=start).reshape(shape)
+
+
+def _is_part(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(rf"[0-9a-f]{{{PART_DIGITS}}}", name) is not None
 
 
 def read_member(storage: Storage, folder: str, location: Location, *, check: bool = True) -> bytes:

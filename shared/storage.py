@@ -119,7 +119,8 @@ class Storage:
     def __init__(self, url: str) -> None:
         check_url(url)
         self.is_local = "://" not in url or url.startswith("file://")
-        self.url = str(Path(url.removeprefix("file://")).resolve()) if self.is_local else url.rstrip("/")
+        path = Path(url.removeprefix("file://")).expanduser()
+        self.url = str(path.resolve()) if self.is_local else url.rstrip("/")
         self._open: OrderedDict[str, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -133,7 +134,10 @@ class Storage:
     def _remote(self) -> tuple[Any, str]:
         import fsspec  # late: local caches do not need it
 
-        return fsspec.core.url_to_fs(self.url)
+        try:
+            return fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:  # the protocol's package is missing, or there is no such protocol
+            raise ConfigError(f"{self.url}: cannot be opened: {error}") from error
 
     def local(self, path: str = "") -> Path:
         """The path on this machine. Only for local storage."""
@@ -157,6 +161,7 @@ class Storage:
             folder = self.local(path)
             return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
         system, root = self._remote
+        system.invalidate_cache(f"{root}/{path}")  # other processes publish there too
         try:
             found = system.ls(f"{root}/{path}", detail=False)
         except FileNotFoundError:
@@ -188,9 +193,13 @@ class Storage:
             FileNotFoundError: it is not there.
             CacheError: it is shorter.
         """
-        if self.is_local:
+        data = b""
+        if offset < 0 or size_bytes < 0:
+            pass  # of a hostile index; fsspec would count from the end
+        elif self.is_local:
             file = self._open_file(path)
-            data = os.pread(file.descriptor, size_bytes, offset)
+            held = os.fstat(file.descriptor).st_size - offset  # pread sets aside what it is asked for, petabytes too
+            data = os.pread(file.descriptor, min(size_bytes, held), offset) if held > 0 else b""
         else:
             system, root = self._remote
             data = bytes(system.cat_file(f"{root}/{path}", start=offset, end=offset + size_bytes))
@@ -212,12 +221,12 @@ class Storage:
             system, root = self._remote
             system.put_file(str(finished), f"{root}/{path}")
 
-    def write(self, path: str, data: bytes) -> None:
-        """Write a small file atomically."""
+    def write(self, path: str, data: bytes, writer: Path) -> None:
+        """Write a small file atomically, by way of the writer's folder: nothing unfinished is anywhere else."""
         if self.is_local:
-            target = self.local(path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(target, data)
+            finished = writer / path.rpartition("/")[2]
+            write_atomically(finished, data)
+            self.publish(finished, path)
         else:
             system, root = self._remote
             system.pipe_file(f"{root}/{path}", data)

@@ -115,7 +115,7 @@ steady = st.builds(
 @given(stamps | steady, st.floats(1, 60), st.integers(1, 60), st.integers(0, 3), st.integers(0, 3))
 @settings(max_examples=60, deadline=None)
 def test_choice_is_ordered_nearest_and_4k_plus_1_whatever_the_timestamps(times, fps, max_frames, skip, skip_end):
-    usable = times[skip : len(times) - skip_end]
+    usable = times[skip : max(skip, len(times) - skip_end)]
     options = {"max_frames": max_frames, "min_frames": 1, "skip_start": skip, "skip_end": skip_end}
     if len(usable) == 0:
         assert reason_of(choose, times, fps, **options) == "too_short"

@@ -4,11 +4,10 @@ import dataclasses
 import hashlib
 import json
 import re
-import subprocess
-import sys
 import tomllib
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -21,27 +20,28 @@ from infer.config import InferConfig
 from infer.generate import encode_prompts, generate
 from infer.lora import Lora
 from infer.recipe import Recipe, effective_prompt
+from infer.request import resolve
 from infer.video import write_mp4
 from shared.config import parse_config
 from shared.errors import ConfigError, LoraError, ModelError, UserError
 from tests import tiny_model
 from tests.conftest import ROOT, run_command
-from tests.test_lora_inference import checkpoint_at, random_lora
+from tests.test_lora_inference import checkpoint_at, pipeline_at, random_lora
 
 PROMPT = "a red square moves over a gradient"
-SIZE = {"num_frames": 5, "height": 32, "width": 48, "num_inference_steps": 2}
+SIZE: dict[str, Any] = {"num_frames": 9, "height": 32, "width": 48, "num_inference_steps": 2}
 
 
 @pytest.fixture(scope="module")
 def lora(tiny_2b, tmp_path_factory):
-    """A LoRA file of 5x32x48 at 8 fps, step 7, id token SQR, float32 throughout."""
+    """A LoRA file of 9x32x48 at 8 fps, step 7, id token SQR, float32 throughout."""
     return random_lora(tiny_2b, tmp_path_factory.mktemp("lora"))[1]
 
 
-def make(folder: Path, **settings: object) -> list[Path]:
+def make(folder: Path, **settings: Any) -> list[Path]:
     """Run stage 3 with two steps, and return the videos."""
-    config = InferConfig(**{"num_inference_steps": 2, "output_dir": str(folder), **settings})  # type: ignore[arg-type]
-    return [video.path for video in generate(config)]
+    config = InferConfig(**{"num_inference_steps": 2, "output_dir": str(folder), **settings})
+    return [video.path for video in generate(resolve(config))]
 
 
 def recipe_of(video: Path) -> dict:
@@ -106,16 +106,51 @@ def test_embeddings_are_rounded_as_those_the_lora_was_trained_on(tiny_2b, tmp_pa
     assert recipe_of(video)["frames_sha256"] == frames_digest(frames)
 
 
-def test_scale_0_is_the_base_models_video_bit_for_bit(tiny_2b, lora, tmp_path):
-    told = {"lora": str(lora), "prompt": PROMPT, "id_token": False}
+def test_frames_of_1_5_in_bfloat16_with_its_own_scheduler_are_those_of_a_plain_pipeline(tmp_path):
+    model = tiny_model.build(tmp_path / "model", "1.5-5b")
+    index = json.loads((model / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "CogVideoXDPMScheduler"]  # draws noise at each step
+    (model / "model_index.json").write_text(json.dumps(index))
+    pipeline = CogVideoXPipeline.from_pretrained(model, dtype=torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(42)
+    frames = pipeline(PROMPT, **SIZE, generator=generator).frames[0]
+
+    base = {"pretrained_model_name_or_path": str(model), "dtype": "bfloat16", "prompt": PROMPT}
+    (video,) = make(tmp_path / "videos", **base, **SIZE)
+
+    recipe = recipe_of(video)
+    assert recipe["frames_sha256"] == frames_digest(frames)  # float16 holds bfloat16 exactly in this range
+    assert (recipe["scheduler"]["_class_name"], recipe["fps"]) == ("CogVideoXDPMScheduler", 16)
+    (video,) = make(tmp_path / "even", **base, **{**SIZE, "num_frames": 13})
+    assert read_video(video)[0].shape == (13, 32, 48, 3)
+
+
+def test_scale_0_is_the_base_models_video_bit_for_bit(tiny_2b, tmp_path):
+    path = random_lora(tiny_2b, tmp_path, cache_dtype="float16")[1]  # as the base model's embeddings are rounded
+    told = {"lora": str(path), "prompt": PROMPT, "id_token": False}
     (none,) = make(tmp_path, **told, lora_scale=0.0)
     (half,) = make(tmp_path, **told, lora_scale=0.5)
-    (base,) = make(tmp_path, pretrained_model_name_or_path=str(tiny_2b), prompt=PROMPT, **SIZE, dtype="float32")
-    digests = {video: recipe_of(video)["frames_sha256"] for video in (none, half, base)}
-    # the base model alone rounds to float16, the default of a cache; the LoRA's cache was float32
-    assert digests[half] != digests[none]
-    assert recipe_of(none)["cache_dtype"], recipe_of(base)["cache_dtype"] == ("float32", "float16")
+    (base,) = make(tmp_path, pretrained_model_name_or_path=str(tiny_2b), prompt=PROMPT, **SIZE)
+    assert recipe_of(base)["lora"] is None
+    assert recipe_of(none)["frames_sha256"] == recipe_of(base)["frames_sha256"] != recipe_of(half)["frames_sha256"]
+    assert none.read_bytes() == base.read_bytes()
     assert len({none.name, half.name, base.name}) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("latent_frames", "frames"), [(1, 1), (2, 5), (3, 9), (4, 13), (5, 17)])
+def test_latents_are_decoded_to_the_frames_they_were_encoded_from(tiny_2b, latent_frames, frames):
+    """diffusers decodes 2 latent frames to 8 frames, and 4 to 16."""
+    pipeline = pipeline_at(tiny_2b)
+    latents = torch.randn(1, latent_frames, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    decoded = pipeline.decode_latents(latents)
+
+    assert decoded.shape == (1, 3, frames, 32, 32)
+    odd = latent_frames - (latent_frames + 1) % 2  # an odd count is diffusers' own, and a longer one begins with it
+    reference = super(type(pipeline), pipeline).decode_latents(latents[:, :odd])
+    assert torch.equal(decoded[:, :, : reference.shape[2]], reference) or latent_frames == 2
 
 
 # The files
@@ -151,7 +186,7 @@ def test_a_video_comes_back_with_its_frames_rate_and_colours(tmp_path):
 def test_a_video_that_cannot_be_written_leaves_the_old_one(tmp_path):
     path = tmp_path / "video.mp4"
     path.write_bytes(b"old")
-    with pytest.raises(ValueError, match="shape|channels|array"):
+    with pytest.raises(ValueError, match=r"shape|channels|array"):
         write_mp4(path, np.zeros((2, 32, 32, 4), np.uint8), Fraction(8))
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["video.mp4"]
@@ -164,7 +199,7 @@ def test_a_recipe_holds_what_makes_the_video_again(tiny_2b, lora, tmp_path):
 
     assert recipe.keys() == {field.name for field in dataclasses.fields(Recipe)} | {"versions", "frames_sha256"}
     assert (recipe["prompt"], recipe["effective_prompt"], recipe["negative_prompt"]) == (PROMPT, f"SQR {PROMPT}", "")
-    assert (recipe["frames"], recipe["height"], recipe["width"], recipe["fps"]) == (5, 32, 48, 7.5)
+    assert (recipe["frames"], recipe["height"], recipe["width"], recipe["fps"]) == (9, 32, 48, 7.5)
     assert (recipe["seed"], recipe["lora_scale"], recipe["num_inference_steps"]) == (5, 0.5, 2)
     assert recipe["lora"]["sha256"] == hashlib.sha256(lora.read_bytes()).hexdigest()
     assert recipe["lora"]["adapter"]["transformer.lora_alpha"] == 1.0
@@ -173,7 +208,7 @@ def test_a_recipe_holds_what_makes_the_video_again(tiny_2b, lora, tmp_path):
     assert recipe["scheduler"]["_class_name"] == "CogVideoXDDIMScheduler"
     assert recipe["versions"]["torch"] == torch.__version__
     found, rate = read_video(video)
-    assert (found.shape, rate) == ((5, 32, 48, 3), Fraction(15, 2))
+    assert (found.shape, rate) == ((9, 32, 48, 3), Fraction(15, 2))
 
     make(tmp_path, lora=str(lora), prompt=PROMPT, seed=5, lora_scale=0.5, fps=7.5)
     assert recipe_of(video) == recipe
@@ -243,13 +278,14 @@ def test_the_id_token_is_put_before_a_prompt_that_lacks_it(prompt, token, effect
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_does_not_fit_is_refused_before_weights_are_loaded(lora, tmp_path, monkeypatch, settings, error, message):
-    monkeypatch.setattr("infer.generate.encode_prompts", lambda *_: pytest.fail("T5 was loaded"))
+def test_what_does_not_fit_is_refused_before_weights_are_loaded(lora, tmp_path, settings, error, message):
     kind = settings.get("pretrained_model_name_or_path")
     if kind in tiny_model.KINDS:
         settings = {**settings, "pretrained_model_name_or_path": str(configs_of(kind, tmp_path / kind))}
     with pytest.raises(error, match=message) as caught:
-        make(tmp_path / "videos", **{"lora": str(lora), "prompt": PROMPT, **settings})
+        resolve(
+            InferConfig(**{"lora": str(lora), "prompt": PROMPT, "output_dir": str(tmp_path / "videos"), **settings})
+        )
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "videos").exists()
 
@@ -264,7 +300,7 @@ def configs_of(kind: str, folder: Path) -> Path:
     for part, config in (("transformer", transformer), ("vae", vae)):
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps(config))
-    (folder / "model_index.json").write_text("{}")
+    (folder / "model_index.json").write_text("{}")  # not read before the size is checked
     return folder
 
 
@@ -344,10 +380,17 @@ def test_a_mistake_is_one_line_and_status_2(lora):
     assert done.stderr == "error: width 50: must be a multiple of 16; use 48 or 64\n"
 
 
-def test_the_configuration_loads_no_torch():
-    code = "import sys, infer.config, infer.__main__; print({'torch', 'numpy', 'diffusers'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+def test_a_request_is_checked_without_torch(lora, tmp_path):
+    code = (
+        "import sys, infer.__main__\n"
+        "from infer.config import InferConfig\n"
+        "assert not {'torch', 'numpy', 'diffusers', 'pyarrow'} & set(sys.modules)\n"
+        "from infer.request import resolve\n"
+        "assert resolve(InferConfig(lora=sys.argv[1], output_dir=sys.argv[2], prompt='a cat')).recipes\n"
+        "assert not {'torch', 'diffusers', 'transformers', 'peft'} & set(sys.modules)\n"
+    )
+    done = run_command("-c", code, str(lora), str(tmp_path))
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_toml_file_explains_every_key_at_its_default():

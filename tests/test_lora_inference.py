@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.training_utils import _collate_lora_metadata
 from safetensors.torch import load_file, save_file
 
-from infer.generate import apply_lora, load_pipeline
+from infer.generate import TextToVideo, apply_lora, load_pipeline
 from infer.lora import Lora
 from shared.errors import LoraError
 from shared.lora import (
@@ -33,6 +34,11 @@ def checkpoint_at(folder: Path) -> Checkpoint:
     return open_checkpoint(str(folder), revision=None, variant=None, cache_dir=None, weights=("transformer",))
 
 
+def pipeline_at(folder: Path) -> TextToVideo:
+    checkpoint = checkpoint_at(folder)
+    return load_pipeline(checkpoint, checkpoint.config("scheduler"), "float32")
+
+
 def random_lora(model: Path, folder: Path, **facts: object) -> tuple[CogVideoXTransformer3DModel, Path]:
     """A trainer's transformer with a LoRA whose every matrix is random, and the file it was saved to."""
     checkpoint = checkpoint_at(model)
@@ -40,12 +46,12 @@ def random_lora(model: Path, folder: Path, **facts: object) -> tuple[CogVideoXTr
     add_lora(transformer, rank=RANK, alpha=ALPHA, target_modules=TARGET_MODULES, seed=0)
     generator = torch.Generator().manual_seed(0)
     for parameter in trainable(transformer):
-        parameter.data.normal_(0, 0.3, generator=generator)
-    told = {
+        parameter.data.normal_(0, 0.5, generator=generator)
+    told: dict[str, Any] = {
         "base_model": str(model), "revision": None, "variant": None, "kind": checkpoint.facts.kind, "rank": RANK,
         "alpha": ALPHA, "target_modules": list(TARGET_MODULES), "dataset": "squares", "dataset_digest": "0" * 64,
         "id_token": "SQR", "seed": 1, "step": 7, "dtype": "float32", "text_dtype": "float32", "cache_dtype": "float32",
-        "frames": 5, "height": 32, "width": 48, "fps": 8.0,
+        "frames": 9, "height": 32, "width": 48, "fps": 8.0,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     return transformer, save_lora(transformer, folder, LoraFacts(**{**told, **facts}))
@@ -85,7 +91,7 @@ def test_a_file_at_another_alpha_than_rank_predicts_what_the_trainer_predicts(ti
 
 def test_stage_3_loads_it_at_its_trained_strength_times_the_scale(tiny_2b, trained):
     transformer, path = trained
-    pipeline = load_pipeline(checkpoint_at(tiny_2b), "float32")
+    pipeline = pipeline_at(tiny_2b)
     base = predict(pipeline.transformer)
 
     apply_lora(pipeline, path, 1.0)
@@ -196,7 +202,7 @@ def test_a_lora_of_wider_modules_is_refused_with_both_shapes(tiny_2b, trained, t
 
 def test_a_lora_of_which_no_key_is_loaded_is_an_error(tiny_2b, trained, tmp_path):
     """diffusers only logs a warning, and makes the base model's video."""
-    pipeline = load_pipeline(checkpoint_at(tiny_2b), "float32")
+    pipeline = pipeline_at(tiny_2b)
     with pytest.raises(LoraError, match="none of its matrices is for the transformer"):
         apply_lora(pipeline, renamed(trained[1], tmp_path, "transformer.", "text_encoder."), 1.0)
 

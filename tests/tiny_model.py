@@ -68,7 +68,9 @@ def build(
     import torch
     from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
     from transformers import T5Config, T5EncoderModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     facts = KINDS[kind]
     transformer = CogVideoXTransformer3DModel(

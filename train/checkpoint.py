@@ -2,8 +2,8 @@
 
     pytorch_lora_weights.safetensors   the LoRA, usable by stage 3 as it is
     optimizer.safetensors              the optimizer's tensors
-    state.json                         step, schedule, the optimizer's other values, configuration, data set version,
-                                       and the digest of the two files above
+    state.json                         step, schedule, the optimizer's other values, what a run must agree on to go on
+                                       from here, and the digests of the two files above and of itself
 Draws are functions of (seed, step, place), so that no generator has a state to save.
 """
 
@@ -22,7 +22,7 @@ import torch
 
 from shared.errors import CheckpointError
 from shared.lora import FILE_NAME, LoraFacts, load_lora_state, save_lora
-from shared.storage import fsync_folder
+from shared.storage import digest_of, fsync_folder
 from train.optim import pack_state, unpack_state
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -44,7 +44,7 @@ def save_checkpoint(output_dir: Path, step: int, run: RunState, lora: LoraFacts,
     """Write `checkpoint-<step>`; an older folder of that name is replaced.
 
     Args:
-        position: what tells whether a checkpoint belongs to a run: global batch, data set version, seed, ...
+        position: what tells whether a checkpoint belongs to a run: data set version, global batch, flags.
     """
     from safetensors.torch import save_file
 
@@ -58,18 +58,20 @@ def save_checkpoint(output_dir: Path, step: int, run: RunState, lora: LoraFacts,
     state = {
         "format": FORMAT,
         "step": step,
-        **position,
+        "position": position,
         "optimizer": packed,
         "schedule": run.schedule.state_dict(),
         "scaler": run.scaler.state_dict() if run.scaler else None,
         "files": {name: _sha256(building / name) for name in (FILE_NAME, OPTIMIZER_FILE)},
     }
+    state = {**state, "sha256": digest_of(state).hex()}
     (building / STATE_FILE).write_text(json.dumps(state, indent=2), encoding="utf-8")
     for file in building.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     fsync_folder(building)
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        _remove(final)
     building.rename(final)
     fsync_folder(output_dir)
     return final
@@ -77,19 +79,42 @@ def save_checkpoint(output_dir: Path, step: int, run: RunState, lora: LoraFacts,
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
-    found = []
-    for folder in output_dir.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        if match and folder.is_dir():
-            found.append((int(match[1]), folder))
-    return [folder for _, folder in sorted(found)]
+    found = [folder for folder in output_dir.glob("checkpoint-*") if _step_of(folder) >= 0 and folder.is_dir()]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(match[1]) if match else -1
 
 
 def rotate_checkpoints(output_dir: Path, limit: int | None) -> None:
-    """Remove the oldest checkpoints until `limit` are left."""
+    """Remove the oldest checkpoints until `limit` are left, and what a killed run left of one."""
+    for remains in output_dir.glob(".checkpoint-*"):
+        shutil.rmtree(remains)
     for folder in list_checkpoints(output_dir)[: -limit if limit else 0]:
-        doomed = folder.rename(folder.with_name(f".{folder.name}.old"))  # never half a checkpoint under its name
-        shutil.rmtree(doomed)
+        _remove(folder)
+
+
+def set_aside_later(output_dir: Path, step: int) -> list[Path]:
+    """Rename checkpoints after `step` to `aside-checkpoint-<step>`: a run that goes on from `step` has not made them.
+
+    Returns:
+        Where they are now.
+    """
+    aside = []
+    for folder in list_checkpoints(output_dir):
+        if _step_of(folder) > step:
+            target = folder.with_name(f"aside-{folder.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            aside.append(folder.rename(target))
+    return aside
+
+
+def _remove(folder: Path) -> None:
+    doomed = folder.with_name(f".{folder.name}.old")  # never half a checkpoint under its name
+    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(folder.rename(doomed))
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -98,7 +123,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: a file is missing, torn or of another format; names the checkpoint before it.
     """
-    before = [other for other in list_checkpoints(folder.parent) if other.name != folder.name]
+    before = [other for other in list_checkpoints(folder.parent) if _step_of(other) < _step_of(folder)]
     advice = f"; resume from {before[-1]}" if before else "; start anew in another --output_dir"
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
@@ -107,6 +132,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: torn or not a checkpoint ({error}){advice}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{folder}: not a checkpoint of format {FORMAT}{advice}")
+    told = state.pop("sha256", None)
+    if told != digest_of(state).hex():
+        raise CheckpointError(f"{folder / STATE_FILE}: has changed since it was written{advice}")
     for name, digest in digests.items():
         if state["files"].get(name) != digest:
             raise CheckpointError(f"{folder / name}: has changed since it was written{advice}")
@@ -120,9 +148,10 @@ def check_position(folder: Path, state: dict[str, Any], position: dict[str, Any]
         CheckpointError: names the first field that differs, with both values.
     """
     for name, value in position.items():
-        if state.get(name) != value:
+        was = state["position"].get(name)
+        if was != value:
             raise CheckpointError(
-                f"{folder}: {name} was {state.get(name)!r} and is now {value!r}; "
+                f"{folder}: {name} was {was!r} and is now {value!r}; "
                 "resume with what it was, or start anew in another --output_dir"
             )
 

@@ -8,6 +8,14 @@ from typing import Literal
 from shared.dataset import check_name
 from shared.errors import ConfigError
 
+# Flags that change the numbers of a run: it is gone on from with the same values. The base model, its dtype, the global
+# batch and the number of steps are compared as they come out, with what the data set says.
+FIXED = (
+    "seed", "rank", "lora_alpha", "caption_dropout", "timestep_sampling", "optimizer", "learning_rate", "lr_scheduler",
+    "lr_warmup_steps", "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
+    "max_grad_norm",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TrainConfig:

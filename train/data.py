@@ -7,6 +7,7 @@ two members that a request names and draw its noise. Nothing is unpacked and not
 from __future__ import annotations
 
 import queue
+import signal
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import suppress
@@ -137,6 +138,13 @@ class LatentDataset(Dataset[dict[str, Any]]):
             "places": place,
         }
 
+    def __getitems__(self, requests: list[Request]) -> list[dict[str, Any]] | CacheError:
+        """What a DataLoader calls: a micro-batch, or the mistake as a value: raised in a worker, its line gets buried."""
+        try:
+            return [self[request] for request in requests]
+        except CacheError as error:
+            return error
+
     def _read(self, kind: str, request: Request, key: bytes, location: Location) -> np.ndarray:
         if self._cache is None:
             self._cache = Cache(self._cache_url)
@@ -149,7 +157,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
                 told = self._facts_of_store[store]
                 facts = {name: value for name, value in told.items() if name not in ("kind", "format_version")}
                 payload = self._cache.store(store, facts).read(key)
-        except CacheError as error:
+        except (CacheError, FileNotFoundError) as error:
             raise CacheError(f"{what}: {error}") from error
         array = decode_array(payload, what)
         if not np.isfinite(array).all():
@@ -157,8 +165,10 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return array
 
 
-def collate(rows: list[dict[str, Any]]) -> Batch:
-    """A micro-batch of the rows that a worker read."""
+def collate(rows: list[dict[str, Any]] | CacheError) -> Batch | CacheError:
+    """A micro-batch of the rows that a worker read; a mistake as it is."""
+    if isinstance(rows, CacheError):
+        return rows
     stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "places"}
     return Batch(**stacked, places=[row["places"] for row in rows])
 
@@ -189,10 +199,14 @@ class Requests:
 def micro_batches(
     dataset: LatentDataset, requests: Requests, *, num_workers: int, pin_memory: bool
 ) -> Generator[Batch, None, None]:
-    """The micro-batches that `requests` asks for, read ahead by spawned processes; with none of them, by a thread."""
+    """The micro-batches that `requests` asks for, read ahead by spawned processes; with none of them, by a thread.
+
+    Raises:
+        CacheError: a member is gone, has changed or is not finite; names the sample.
+    """
     options: dict[str, Any] = {}
     if num_workers:
-        options = {"multiprocessing_context": "spawn", "prefetch_factor": 2}
+        options = {"multiprocessing_context": "spawn", "prefetch_factor": 2, "worker_init_fn": _ignore_signals}
     loader = DataLoader(
         dataset,
         batch_sampler=requests,
@@ -201,10 +215,22 @@ def micro_batches(
         pin_memory=pin_memory,
         **options,
     )
-    yield from iter(loader) if num_workers else _in_background(iter(loader), ahead=2)
+    if not num_workers:
+        yield from _in_background(iter(loader), ahead=2)
+        return
+    for batch in loader:
+        if isinstance(batch, CacheError):
+            raise batch
+        yield batch
 
 
-def _in_background(items: Iterator[Batch], ahead: int) -> Generator[Batch, None, None]:
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and a cluster's SIGTERM reach every process of a run: its main one decides when the reading ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _in_background(items: Iterator[Batch | CacheError], ahead: int) -> Generator[Batch, None, None]:
     """The same items, made by a thread that keeps `ahead` of them ready; what it raises is raised here."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=ahead)
     stopped = threading.Event()

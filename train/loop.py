@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from shared.config import to_dict
 from shared.lora import save_lora, trainable
-from train.checkpoint import rotate_checkpoints, save_checkpoint
+from train.checkpoint import rotate_checkpoints, save_checkpoint, set_aside_later
 from train.config import TrainConfig
 from train.data import Requests, micro_batches
 from train.metrics import Metrics
@@ -63,11 +63,14 @@ def _take_steps(run: Run, stop: list[int]) -> int:
     requests = Requests(run.samples, run.sampler, run.deal, accelerator.process_index, steps, run.draws)
     pinned = accelerator.device.type == "cuda"
     batches = micro_batches(run.reader, requests, num_workers=config.dataloader_num_workers, pin_memory=pinned)
+    if run.is_main:
+        for folder in set_aside_later(run.output_dir, run.first_step):
+            print(f"set aside {folder}: it is later than the checkpoint that the run goes on from")
     metrics = Metrics(run.output_dir, run.first_step) if run.is_main else None
     bar = tqdm(total=run.max_steps, initial=run.first_step, unit="step", disable=None if run.is_main else True)
-    with closing(batches), bar:
+    with closing(batches), closing(metrics) if metrics else nullcontext(), bar:
         for step in steps:
-            row, signal_number = _step(run, step, batches, stop)
+            row, signal_number = take_step(run, step, batches, stop)
             bar.update()
             bar.set_postfix(loss=row["loss"], lr=row["lr"])
             if metrics:
@@ -84,14 +87,13 @@ def _take_steps(run: Run, stop: list[int]) -> int:
                 if run.is_main:
                     print(f"stopped by signal {signal_number} after step {done}; its checkpoint is saved", flush=True)
                 return 128 + signal_number
-    if metrics:
-        metrics.close()
+    if run.is_main:
         path = save_lora(run.state.transformer, run.output_dir, replace(run.lora, step=run.max_steps))
         print(f"LoRA      {path}: load it at weight 1.0, alpha is in the file")
     return 0
 
 
-def _step(run: Run, step: int, batches: Iterator[Batch], stop: list[int]) -> tuple[dict[str, object], int]:
+def take_step(run: Run, step: int, batches: Iterator[Batch], stop: list[int]) -> tuple[dict[str, object], int]:
     """One optimizer step. Returns its row of metrics.jsonl, and the signal that asks any rank to stop, or 0."""
     config, accelerator = run.config, run.accelerator
     started, data_seconds = time.perf_counter(), 0.0

@@ -43,5 +43,5 @@ def _whole_lines(path: Path) -> list[str]:
     """The lines of a file without a last one that a crash cut short."""
     if not path.exists():
         return []
-    *whole, _ = path.read_text(encoding="utf-8").split("\n")
-    return whole
+    *whole, _ = path.read_bytes().split(b"\n")
+    return [line.decode() for line in whole]

@@ -43,11 +43,12 @@ class Sampler:
     def batch(self, step: int) -> np.ndarray:
         """The global batch [global_batch] of a step, counted from 0 over all epochs."""
         epoch, row = divmod(step, self.steps_per_epoch)
-        if epoch not in self._epochs:
-            for old in [known for known in self._epochs if known < epoch - 1]:  # a reader ahead may be in the next
+        batches = self._epochs.get(epoch)
+        if batches is None:
+            batches = self._epochs[epoch] = self.epoch(epoch)
+            for old in sorted(self._epochs)[:-2]:  # a reader ahead, in a thread, may be in the next one
                 self._epochs.pop(old, None)
-            self._epochs[epoch] = self.epoch(epoch)
-        return self._epochs[epoch][row]
+        return batches[row]
 
     def epoch(self, epoch: int) -> np.ndarray:
         """The epoch's global batches [steps_per_epoch, global_batch]: samples by number, each exactly once.

@@ -25,7 +25,7 @@ from shared.seeds import seed_for
 from shared.storage import FileLock, write_atomically
 from train.check import check_dataset, check_lora_file
 from train.checkpoint import RunState, check_position, list_checkpoints, load_checkpoint, read_state
-from train.config import TrainConfig
+from train.config import FIXED, TrainConfig
 from train.data import DrawSettings, LatentDataset, Samples
 from train.objective import alphas_cumprod
 from train.optim import make_optimizer, make_schedule
@@ -83,14 +83,26 @@ def open_run(config: TrainConfig, accelerator: Accelerator) -> Run:
     check_dataset(dataset, base, samples.bucket_names)
 
     output_dir = Path(config.output_dir)
-    resumed = _find_checkpoint(config, output_dir)
+    resumed = _find_checkpoint(config, output_dir, accelerator)
     deal = Deal(config.train_batch_size, accelerator.num_processes, config.gradient_accumulation_steps)
     if resumed is not None:
-        deal = deal_as(resumed[1]["global_batch"], config.train_batch_size, accelerator.num_processes)
+        deal = deal_as(resumed[1]["position"]["global_batch"], config.train_batch_size, accelerator.num_processes)
     sampler = Sampler(samples.buckets, deal.global_batch, dataset.digest, config.seed)
     max_steps = config.max_train_steps or config.num_train_epochs * sampler.steps_per_epoch
-
     dtype = DTYPES[accelerator.mixed_precision]
+    position = {
+        "dataset": dataset.name,
+        "dataset_digest": dataset.digest,
+        "random_flip": dataset.info["random_flip"],
+        "base_model": base.name,
+        "dtype": dtype,
+        "global_batch": deal.global_batch,
+        "max_train_steps": max_steps,
+        **{name: getattr(config, name) for name in FIXED},
+    }
+    if resumed is not None:
+        check_position(*resumed, position)
+
     transformer = load_transformer(base, getattr(torch, dtype))
     add_lora(
         transformer,
@@ -111,19 +123,8 @@ def open_run(config: TrainConfig, accelerator: Accelerator) -> Run:
     lr_schedule = make_schedule(config, optimizer, max_steps)
     model, prepared = accelerator.prepare(transformer, optimizer)
     state = RunState(transformer, optimizer, lr_schedule, accelerator.scaler)
-    position = {
-        "dataset": dataset.name,
-        "dataset_digest": dataset.digest,
-        "base_model": base.name,
-        "seed": config.seed,
-        "global_batch": deal.global_batch,
-        "max_train_steps": max_steps,
-        "optimizer_kind": config.optimizer,
-    }
     if resumed is not None:
-        folder, saved = resumed
-        check_position(folder, saved, position)
-        load_checkpoint(folder, saved, state)
+        load_checkpoint(*resumed, state)
     draws = DrawSettings(
         seed=config.seed,
         global_batch=deal.global_batch,
@@ -211,7 +212,9 @@ def one_run(config: TrainConfig, accelerator: Accelerator) -> Iterator[None]:
         lock.release()
 
 
-def _find_checkpoint(config: TrainConfig, output_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+def _find_checkpoint(
+    config: TrainConfig, output_dir: Path, accelerator: Accelerator
+) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to go on from and its state.json, if any."""
     asked, there = config.resume_from_checkpoint, list_checkpoints(output_dir)
     if asked is None:
@@ -223,7 +226,7 @@ def _find_checkpoint(config: TrainConfig, output_dir: Path) -> tuple[Path, dict[
         return None
     if asked == "latest":
         if not there:
-            print(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint, so the run starts anew")
+            accelerator.print(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint; the run starts anew")
             return None
         folder = there[-1]
     else:

@@ -1,0 +1,1 @@
+"""Measured numbers, each a ratio of things done in one run, printed beside its limit."""

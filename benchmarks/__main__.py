@@ -1,0 +1,11 @@
+"""`make bench`: every benchmark, one after the other; status 1 when a figure is over its limit."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks import stages, step
+
+if __name__ == "__main__":
+    within = [benchmark.main() for benchmark in (step, stages)]
+    sys.exit(0 if all(within) else 1)

@@ -1,0 +1,96 @@
+"""The optimizer, its learning rate, and its state on the way through a file."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers.optimization import get_scheduler
+from safetensors.torch import load_file, save_file
+
+from train.config import TrainConfig
+from train.optim import make_optimizer, make_schedule, pack_state, unpack_state
+
+CONFIG = TrainConfig(learning_rate=3e-3, lr_warmup_steps=3, lr_num_cycles=2, lr_power=2.0)
+SCHEDULES = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+
+
+def parameters(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 3), (5,))]
+
+
+def take_steps(optimizer, steps):
+    owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for step in steps:
+        for number, parameter in enumerate(owned):
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * step + number))
+        optimizer.step()
+
+
+def rates(optimizer, schedule, steps):
+    found = []
+    for _ in range(steps):
+        found.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_learning_rates_are_those_of_diffusers(name):
+    config = replace(CONFIG, lr_scheduler=name)
+    reference = torch.optim.SGD(parameters(), lr=3e-3)
+    expected = get_scheduler(name, reference, num_warmup_steps=3, num_training_steps=12, num_cycles=2, power=2.0)
+    optimizer = make_optimizer(config, parameters())
+    assert rates(optimizer, make_schedule(config, optimizer, 12), 12) == rates(reference, expected, 12)
+
+
+def test_learning_rates_are_the_formulas():
+    """Independent of the library: warmup over 3 of 12 steps, then the curve over the other 9."""
+    warmup = [3e-3 * step / 3 for step in range(3)]
+    share = [step / 9 for step in range(9)]
+    curves = {
+        "constant": [3e-3] * 12,
+        "constant_with_warmup": warmup + [3e-3] * 9,
+        "linear": warmup + [3e-3 * (1 - part) for part in share],
+        "cosine_with_restarts": warmup + [1.5e-3 * (1 + math.cos(math.pi * (2 * part % 1))) for part in share],
+        "polynomial": warmup + [(3e-3 - 1e-7) * (1 - part) ** 2 + 1e-7 for part in share],
+    }
+    for name, expected in curves.items():
+        config = replace(CONFIG, lr_scheduler=name)
+        optimizer = make_optimizer(config, parameters())
+        assert rates(optimizer, make_schedule(config, optimizer, 12), 12) == pytest.approx(expected, rel=1e-9), name
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
+def test_the_optimizer_is_torchs_with_every_setting(name, kind):
+    config = replace(CONFIG, optimizer=name, adam_beta1=0.8, adam_beta2=0.7, adam_weight_decay=0.3, adam_epsilon=1e-3)
+    own, expected = parameters(), parameters()
+    take_steps(make_optimizer(config, own), range(4))
+    take_steps(kind(expected, lr=3e-3, betas=(0.8, 0.7), weight_decay=0.3, eps=1e-3), range(4))
+    assert all(torch.equal(one, other) for one, other in zip(own, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_a_state_that_went_through_files_goes_on_bit_equal(tmp_path, name):
+    config = replace(CONFIG, optimizer=name)
+    whole = parameters()
+    optimizer = make_optimizer(config, whole)
+    take_steps(optimizer, range(3))
+    tensors, values = pack_state(optimizer)
+    save_file(tensors, tmp_path / "state.safetensors")
+    text = json.dumps(values)
+
+    resumed = [torch.nn.Parameter(parameter.detach().clone()) for parameter in whole]
+    other = make_optimizer(config, resumed)
+    unpack_state(other, load_file(tmp_path / "state.safetensors"), json.loads(text))
+    assert {path: value.tolist() for path, value in pack_state(other)[0].items()} == {
+        path: value.tolist() for path, value in tensors.items()
+    }
+    assert pack_state(other)[1] == values
+    take_steps(optimizer, range(3, 6))
+    take_steps(other, range(3, 6))
+    assert all(torch.equal(one, two) for one, two in zip(whole, resumed, strict=True))
+    assert not torch.equal(whole[0], parameters()[0])

@@ -1,0 +1,162 @@
+"""The order of samples: exact, the same on any number of ranks, a function of (digest, seed, epoch)."""
+
+import sys
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.errors import ConfigError
+from train.sampler import MISSING, Deal, Sampler, deal_as
+
+buckets_of = st.lists(st.integers(0, 3), min_size=1, max_size=60).map(np.array)
+ours = settings(max_examples=50, deadline=None)
+
+
+def sampler(buckets, global_batch=4, digest="d", seed=0):
+    return Sampler(np.asarray(buckets), global_batch, digest, seed)
+
+
+@ours
+@given(buckets=buckets_of, global_batch=st.integers(1, 9), epoch=st.integers(0, 5), seed=st.integers(0, 3))
+def test_an_epoch_has_every_sample_exactly_once(buckets, global_batch, epoch, seed):
+    batches = sampler(buckets, global_batch, seed=seed).epoch(epoch)
+    assert sorted(batches[batches != MISSING].tolist()) == list(range(len(buckets)))
+
+
+@ours
+@given(buckets=buckets_of, global_batch=st.integers(1, 9), epoch=st.integers(0, 5))
+def test_a_batch_is_of_one_bucket_and_short_only_at_its_end(buckets, global_batch, epoch):
+    order = sampler(buckets, global_batch)
+    batches = order.epoch(epoch)
+    assert batches.shape == (order.steps_per_epoch, global_batch)
+    for batch in batches:
+        filled = batch != MISSING
+        assert filled[0]
+        assert not (filled[1:] & ~filled[:-1]).any()
+        assert len(set(buckets[batch[filled]])) == 1
+
+
+@ours
+@given(buckets=buckets_of, global_batch=st.integers(1, 9))
+def test_each_bucket_has_at_most_one_short_batch(buckets, global_batch):
+    batches = sampler(buckets, global_batch).epoch(0)
+    short = batches[(batches == MISSING).any(axis=1)]
+    assert len({buckets[batch[0]] for batch in short}) == len(short)
+
+
+@ours
+@given(
+    buckets=buckets_of,
+    batch_size=st.integers(1, 3),
+    ranks=st.sampled_from([1, 2, 4]),
+    accumulation=st.integers(1, 3),
+)
+def test_ranks_and_micro_batches_partition_every_global_batch(buckets, batch_size, ranks, accumulation):
+    deal = Deal(batch_size, ranks, accumulation)
+    for batch in sampler(buckets, deal.global_batch).epoch(0):
+        micros = deal.micros(batch)
+        dealt = [place for micro in range(micros) for rank in range(ranks) for place in deal.places(micro, rank)]
+        assert dealt == list(range(len(dealt)))  # no place twice, and in order
+        assert set(np.flatnonzero(batch != MISSING)) <= set(dealt)  # no sample left out
+        assert (batch[[deal.places(micros - 1, rank)[0] for rank in range(ranks)][0]]) != MISSING  # none is all empty
+
+
+@ours
+@given(buckets=buckets_of, accumulation=st.integers(1, 3))
+def test_the_sequence_of_global_batches_does_not_depend_on_the_ranks(buckets, accumulation):
+    deals = [
+        Deal(1, 1, 4 * accumulation),
+        Deal(2, 1, 2 * accumulation),
+        Deal(1, 2, 2 * accumulation),
+        Deal(1, 4, accumulation),
+    ]
+    orders = [sampler(buckets, deal.global_batch).epoch(1).tolist() for deal in deals]
+    assert all(order == orders[0] for order in orders)
+
+
+def test_the_order_is_another_for_each_epoch_seed_and_digest():
+    buckets = np.zeros(40, int)
+    orders = [
+        sampler(buckets, seed=seed, digest=digest).epoch(epoch).ravel().tolist()
+        for seed in (0, 1)
+        for digest in ("a", "b")
+        for epoch in (0, 1)
+    ]
+    assert len({tuple(order) for order in orders}) == 8
+    assert sampler(buckets, seed=1, digest="a").epoch(1).ravel().tolist() == orders[5]
+
+
+def test_buckets_are_mixed_over_an_epoch():
+    buckets = np.repeat([0, 1], 100)
+    firsts = buckets[sampler(buckets).epoch(0)[:, 0]]
+    assert 10 < np.count_nonzero(np.diff(firsts)) < 40  # 1 if one bucket came after the other
+
+
+def test_a_sample_is_everywhere_in_the_epoch_equally_often():
+    """A permutation with a favourite place would show over many epochs."""
+    order = sampler(np.zeros(8, int), 1)
+    places = np.array([order.epoch(epoch).ravel().tolist().index(3) for epoch in range(2000)])
+    counts = np.bincount(places, minlength=8)
+    assert np.sum((counts - 250) ** 2 / 250) < 24.3  # chi-square of 7 degrees of freedom: exceeded once in 1000
+
+
+def test_a_step_is_a_row_of_its_epoch_whatever_was_asked_before():
+    order = sampler(np.zeros(10, int), 4)
+    assert order.steps_per_epoch == 3
+    whole = np.concatenate([order.epoch(epoch) for epoch in range(6)])
+    for step in (17, 0, 9, 16, 2, 8):
+        assert order.batch(step).tolist() == whole[step].tolist()
+
+
+def test_a_reader_that_is_epochs_ahead_takes_nothing_from_the_loop():
+    """One step an epoch: the thread that reads ahead is several epochs before the loop that asks for the same order."""
+    order, failures = sampler(np.zeros(3, int), 4), []
+
+    def ask(steps):
+        try:
+            for step in steps:
+                assert (order.batch(step) != MISSING).sum() == 3
+        except BaseException as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=ask, args=[range(ahead, ahead + 1500)]) for ahead in (0, 4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures
+
+
+def test_three_samples_on_four_ranks_give_every_rank_the_same_number_of_micro_batches():
+    deal = Deal(batch_size=2, ranks=4, accumulation=2)
+    (batch,) = sampler(np.zeros(3, int), deal.global_batch).epoch(0)
+    assert deal.micros(batch) == 1
+    assert [[batch[place] != MISSING for place in deal.places(0, rank)] for rank in range(4)] == [
+        [True, True],
+        [True, False],
+        [False, False],
+        [False, False],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "ranks", "accumulation"), [(1, 1, 8), (1, 4, 2), (2, 2, 2), (8, 1, 1), (1, 8, 1)]
+)
+def test_a_global_batch_is_dealt_to_other_ranks_by_accumulating(batch_size, ranks, accumulation):
+    assert deal_as(8, batch_size, ranks) == Deal(batch_size, ranks, accumulation)
+
+
+@pytest.mark.parametrize(("batch_size", "ranks"), [(3, 1), (1, 3), (1, 16), (16, 1), (2, 8)])
+def test_a_global_batch_that_cannot_be_dealt_is_refused_by_name(batch_size, ranks):
+    with pytest.raises(
+        ConfigError, match=rf"global batch of 8 .* {ranks} processes .* --train_batch_size {batch_size}"
+    ):
+        deal_as(8, batch_size, ranks)
