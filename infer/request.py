@@ -41,13 +41,14 @@ def resolve(config: InferConfig) -> Request:
     Raises:
         UserError: something that was asked for does not fit, or would replace another video.
     """
+    texts = config.texts()
     lora = Lora.read(config.lora) if config.lora is not None else None
     checkpoint = find_checkpoint(config, lora)
     if lora is not None:
         lora.check_fits(checkpoint)
         if lora.adapter is None:
             warn(f"{lora.path} does not hold its alpha: it is taken to be its rank; else --lora_scale alpha/rank")
-    recipes = make_recipes(config, checkpoint, lora)
+    recipes = make_recipes(texts, config, checkpoint, lora)
     folder = Path(config.output_dir).expanduser()
     for recipe in recipes:
         recipe.check_free(folder / f"{recipe.name}.json")
@@ -119,7 +120,7 @@ def choose_bucket(config: InferConfig, checkpoint: Checkpoint, facts: LoraFacts 
     return bucket
 
 
-def make_recipes(config: InferConfig, checkpoint: Checkpoint, lora: Lora | None) -> list[Recipe]:
+def make_recipes(texts: list[str], config: InferConfig, checkpoint: Checkpoint, lora: Lora | None) -> list[Recipe]:
     """A recipe for each prompt, in order; a prompt that is given twice has one.
 
     Precision is what the LoRA met in training, so that it meets the same embeddings and the same base again.
@@ -136,7 +137,7 @@ def make_recipes(config: InferConfig, checkpoint: Checkpoint, lora: Lora | None)
     model = {name: getattr(checkpoint, name) for name in ("name", "revision", "variant")}
     scheduler = _scheduler(checkpoint)
     recipes: dict[str, Recipe] = {}
-    for prompt in config.texts():
+    for prompt in texts:
         text = effective_prompt(prompt, token if config.id_token else None)
         recipe = Recipe(
             prompt=prompt,

@@ -32,6 +32,7 @@ from shared.dataset import location_row, publish_dataset
 from shared.errors import UserError, VideoError
 from shared.models import Checkpoint, choose_dtype, open_checkpoint
 from shared.shards import ShardWriter
+from shared.storage import canonical_json
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,8 @@ def _encode_prompts(
                 texts = [prompt for _, prompt in batch]
                 embeds, tokens = encoder.encode(texts), encoder.count_tokens(texts)
                 for (key, _), array, count in zip(batch, embeds, tokens, strict=True):
-                    shard.add(key, {"prompt_embeds.npy": array}, tokens=count)
+                    facts = canonical_json({"tokens": count})  # in the tar too: an index can be made again from it
+                    shard.add(key, {"prompt_embeds.npy": array, "json": facts}, tokens=count)
                 bar.update(len(batch))
             _publish_shard(stores.embeddings, shard, report)
     del encoder

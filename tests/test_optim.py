@@ -55,6 +55,7 @@ def test_learning_rates_are_the_formulas():
         "constant": [3e-3] * 12,
         "constant_with_warmup": warmup + [3e-3] * 9,
         "linear": warmup + [3e-3 * (1 - part) for part in share],
+        "cosine": warmup + [1.5e-3 * (1 + math.cos(math.pi * part)) for part in share],
         "cosine_with_restarts": warmup + [1.5e-3 * (1 + math.cos(math.pi * (2 * part % 1))) for part in share],
         "polynomial": warmup + [(3e-3 - 1e-7) * (1 - part) ** 2 + 1e-7 for part in share],
     }

@@ -139,7 +139,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         }
 
     def __getitems__(self, requests: list[Request]) -> list[dict[str, Any]] | CacheError:
-        """What a DataLoader calls: a micro-batch, or the mistake as a value: raised in a worker, its line gets buried."""
+        """A micro-batch, or the mistake as a value: a worker would bury its line in a traceback."""
         try:
             return [self[request] for request in requests]
         except CacheError as error:
