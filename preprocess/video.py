@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 PIXELS_VERSION: int = 1
 
 INDEXED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # where a seek lands on the keyframe it names
-DECORD_CODECS = ("h264", "vp8", "vp9", "av1")
+DECORD_CODECS = ("vp8", "vp9", "av1")
 DECORD_BATCH = 8  # full-size frames held at once
 
 
@@ -260,8 +260,8 @@ def _uses_decord(probe: Probe) -> bool:
     decord counts packets and seeks to keyframes: it is right where each packet is one visible frame, and each keyframe
     a fresh start. Elsewhere decord2 3.4 gave other frames than those asked for, without an error: edit lists, open
     groups of pictures, H.264 with intra refresh, AVI, MPEG-TS, MPEG-PS. Ogg and raw H.264 it does not open. HEVC fails
-    after the first closed group (avcodec_send_packet: -11), and most HEVC has open ones. Damaged H.264 is concealed
-    without a word, where PyAV tells. Rotation it applies itself, but not flips. GIF was right, with nothing to gain.
+    after the first closed group (avcodec_send_packet: -11), and most HEVC has open ones. Damaged H.264 it conceals
+    without a word, where PyAV tells: so H.264 is PyAV's, at the same speed. Rotation it applies itself, but not flips. GIF was right, with nothing to gain.
     """
     return probe.seekable and probe.codec in DECORD_CODECS and probe.rotation == 0 and not probe.flipped
 

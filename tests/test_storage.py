@@ -261,7 +261,8 @@ def test_a_lock_is_one_process_s_until_it_dies(tmp_path):
         assert not taken
         other.communicate()
     lock.release()
-    assert FileLock(lock.path).acquire()
+    assert lock.acquire()
+    lock.release()
 
 
 def test_waiting_for_a_lock_ends_when_it_is_free(tmp_path):

@@ -169,7 +169,8 @@ def test_both_decoders_give_the_same_pixels(kind, tmp_path):
 
 
 def test_plain_files_go_to_decord_and_the_others_to_pyav(tmp_path):
-    assert [kind for kind in KINDS if video._uses_decord(probe(write_kind(kind, tmp_path)))] == PLAIN
+    taken = [kind for kind in KINDS if video._uses_decord(probe(write_kind(kind, tmp_path)))]
+    assert taken == [kind for kind in PLAIN if "h264" not in kind]  # what is damaged there, decord conceals
 
 
 def test_probe_is_remembered_exactly(tmp_path):
