@@ -26,11 +26,13 @@ import sys, decord, numpy as np, torch
 from diffusers import AutoencoderKLCogVideoX
 from transformers import T5EncoderModel, T5Tokenizer
 model, clips, out = sys.argv[1:]
-tokenizer, t5 = T5Tokenizer.from_pretrained(model + "/tokenizer"), T5EncoderModel.from_pretrained(model + "/text_encoder")
+tokenizer = T5Tokenizer.from_pretrained(model + "/tokenizer")
+t5 = T5EncoderModel.from_pretrained(model + "/text_encoder")
+full = dict(padding="max_length", max_length=226, truncation=True, return_tensors="pt")
 texts = ["", *(open(f"{clips}/{n}.txt").read() for n in range(12))]
 with torch.no_grad():
     for start in range(0, 13, 8):
-        ids = tokenizer(texts[start:start+8], padding="max_length", max_length=226, truncation=True, return_tensors="pt")
+        ids = tokenizer(texts[start:start+8], **full)
         for i, e in enumerate(t5(ids.input_ids)[0]): np.save(f"{out}/{start+i}.e.npy", e.half().numpy())
     del t5
     vae = AutoencoderKLCogVideoX.from_pretrained(model, subfolder="vae")

@@ -77,10 +77,3 @@ class Recipe:
         differing = [name for name in new if name not in NOT_ASKED and old.get(name) != new[name]]
         if differing:
             raise ConfigError(f"{path}: is there, of another {', '.join(differing)}; give another --output_dir")
-
-
-def effective_prompt(prompt: str, id_token: str | None) -> str:
-    """The text that is encoded: the id token, one space, the prompt; the prompt alone when it begins with the token."""
-    token = (id_token or "").strip()
-    words = token.split()
-    return prompt if prompt.split()[: len(words)] == words else f"{token} {prompt}"

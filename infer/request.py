@@ -15,11 +15,12 @@ from typing import Any
 
 from infer.config import InferConfig
 from infer.lora import Lora
-from infer.recipe import Recipe, effective_prompt
+from infer.recipe import Recipe
 from shared.errors import ConfigError, LoraError, ModelError
 from shared.geometry import SIDE_MULTIPLE, Bucket
 from shared.lora import LoraFacts
 from shared.models import Checkpoint, choose_device, choose_dtype, open_checkpoint
+from shared.prompts import user_prompt
 
 PARTS = ("text_encoder", "transformer", "vae")
 SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")  # what CogVideoX's checkpoints name
@@ -138,7 +139,7 @@ def make_recipes(texts: list[str], config: InferConfig, checkpoint: Checkpoint, 
     scheduler = _scheduler(checkpoint)
     recipes: dict[str, Recipe] = {}
     for prompt in texts:
-        text = effective_prompt(prompt, token if config.id_token else None)
+        text = user_prompt(prompt, token if config.id_token else None)
         recipe = Recipe(
             prompt=prompt,
             effective_prompt=text,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from shared.dataset import check_name
+from shared.config import check_name
 from shared.errors import ConfigError
 from shared.geometry import Bucket, largest_frame_count
 from shared.models import Facts

@@ -35,7 +35,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from preprocess.frames import Placement
-from preprocess.video import Probe, probe, read_frames
+from preprocess.probe import Probe, probe
+from preprocess.video import read_frames
 from shared.errors import VideoError
 
 STARTUP_S = 300.0  # for a child's imports: torch takes seconds, from a cold network disk minutes

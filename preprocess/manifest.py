@@ -73,12 +73,6 @@ class Record:
     origin: str
 
 
-def effective_prompt(caption: str, id_token: str | None) -> str:
-    """The text that is encoded: the id token, one space, the caption."""
-    token = (id_token or "").strip()
-    return f"{token} {caption}" if token else caption
-
-
 def iter_manifest(
     *,
     dataset_name: str | None,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from preprocess.clips import ClipJob, ClipWriter, DecodeAhead
 from preprocess.config import PreprocessConfig
 from preprocess.decode import DecodePool
 from preprocess.fingerprints import embeddings_fingerprint, latents_fingerprint
-from preprocess.manifest import Record, effective_prompt, iter_manifest
+from preprocess.manifest import Record, iter_manifest
 from preprocess.plan import Rejected, Sample, plan_samples
 from preprocess.report import Report
 from preprocess.sources import Sources
@@ -31,6 +31,7 @@ from shared.config import to_dict
 from shared.dataset import location_row, publish_dataset
 from shared.errors import UserError, VideoError
 from shared.models import Checkpoint, choose_dtype, open_checkpoint
+from shared.prompts import user_prompt
 from shared.shards import ShardWriter
 from shared.storage import canonical_json
 
@@ -147,14 +148,9 @@ def _missing_clips(
 
 def _prompts(config: PreprocessConfig, planned: Sequence[Sample | Rejected]) -> list[str]:
     """The prompts to have, each once: the empty one, the samples', the validation videos'."""
-    prompts = ["", *(sample.prompt for sample in planned if isinstance(sample, Sample))]
-    return list(dict.fromkeys([*prompts, *(_validation_prompt(config, text) for text in config.validation_prompts())]))
-
-
-def _validation_prompt(config: PreprocessConfig, text: str) -> str:
-    """The effective prompt: the id token is put before it unless it is there already, as stage 3 does."""
-    token = (config.id_token or "").strip()
-    return text if token and text.split()[: len(token.split())] == token.split() else effective_prompt(text, token)
+    captions = (sample.prompt for sample in planned if isinstance(sample, Sample))
+    validation = (user_prompt(text, config.id_token) for text in config.validation_prompts())
+    return list(dict.fromkeys(["", *captions, *validation]))
 
 
 def _encode_prompts(
@@ -162,28 +158,33 @@ def _encode_prompts(
 ) -> None:
     keys = [embedding_key(prompt) for prompt in prompts]
     rows = stores.embeddings.find(keys)
-    missing = [(key, prompt) for key, prompt, row in zip(keys, prompts, rows, strict=True) if row < 0]
+    missing = [prompt for prompt, row in zip(prompts, rows, strict=True) if row < 0]
     report.reused["embeddings"] = len(prompts) - len(missing)
     if not missing:
         return
     from preprocess.encode import TextEncoder  # late: a run that misses nothing imports no torch
 
     encoder = TextEncoder(checkpoint, stores.text_dtype, config.cache_dtype)
+    alone = {"", *(user_prompt(text, config.id_token) for text in config.validation_prompts())}
     with tqdm(total=len(missing), desc="prompts", unit="prompt", disable=None) as bar:
         for start in range(0, len(missing), config.shard_size):
-            unit = missing[start : start + config.shard_size]
             shard = ShardWriter(writer)
-            for first in range(0, len(unit), config.text_batch_size):
-                batch = unit[first : first + config.text_batch_size]
-                texts = [prompt for _, prompt in batch]
+            for texts in _text_batches(missing[start : start + config.shard_size], alone, config.text_batch_size):
                 embeds, tokens = encoder.encode(texts), encoder.count_tokens(texts)
-                for (key, _), array, count in zip(batch, embeds, tokens, strict=True):
+                for text, array, count in zip(texts, embeds, tokens, strict=True):
                     facts = canonical_json({"tokens": count})  # in the tar too: an index can be made again from it
-                    shard.add(key, {"prompt_embeds.npy": array, "json": facts}, tokens=count)
-                bar.update(len(batch))
+                    shard.add(embedding_key(text), {"prompt_embeds.npy": array, "json": facts}, tokens=count)
+                bar.update(len(texts))
             _publish_shard(stores.embeddings, shard, report)
     del encoder
     gc.collect()  # T5 leaves before the VAE comes
+
+
+def _text_batches(prompts: list[str], alone: set[str], size: int) -> Iterator[list[str]]:
+    """Batches of prompts; those in `alone` by themselves, as stage 3 encodes them, so that it gets the same bits."""
+    others = [prompt for prompt in prompts if prompt not in alone]
+    yield from ([prompt] for prompt in prompts if prompt in alone)
+    yield from (others[start : start + size] for start in range(0, len(others), size))
 
 
 def _encode_clips(
@@ -294,7 +295,7 @@ def _publish(
         "random_flip": config.random_flip,
         "empty_prompt": _prompt_entry(embeddings, "", ""),
         "validation_prompts": [
-            _prompt_entry(embeddings, text, _validation_prompt(config, text)) for text in config.validation_prompts()
+            _prompt_entry(embeddings, text, user_prompt(text, config.id_token)) for text in config.validation_prompts()
         ],
         "config": to_dict(config),
     }

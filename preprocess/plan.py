@@ -10,14 +10,16 @@ from typing import Any
 
 from preprocess.config import PreprocessConfig
 from preprocess.frames import Placement, choose_bucket, choose_frames, place
-from preprocess.manifest import Record, effective_prompt
+from preprocess.manifest import Record
+from preprocess.probe import Probe
 from preprocess.sources import Source
-from preprocess.video import PIXELS_VERSION, Probe
+from preprocess.video import PIXELS_VERSION
 from shared.cache import embedding_key, latent_key
 from shared.dataset import sample_id
 from shared.errors import VideoError
 from shared.geometry import Bucket
 from shared.models import Facts
+from shared.prompts import caption_prompt
 from shared.seeds import seed_for
 
 
@@ -133,7 +135,7 @@ def _plan_sample(record: Record, source: Source, occurrence: int, config: Prepro
         indices = choose(bucket.frames)
     rng = random.Random(seed_for(config.seed, source.digest, str(record.start_s), str(record.end_s), "crop"))
     placement = place(probe.height, probe.width, bucket.height, bucket.width, config.video_reshape_mode, rng)
-    prompt = effective_prompt(record.caption, config.id_token)
+    prompt = caption_prompt(record.caption, config.id_token)
     mirrored = config.random_flip > 0
     return Sample(
         record=record,

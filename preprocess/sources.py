@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from preprocess.decode import DecodePool
 from preprocess.manifest import Record
-from preprocess.video import PIXELS_VERSION, Probe
+from preprocess.probe import Probe
+from preprocess.video import PIXELS_VERSION
 from shared.cache import Cache
 from shared.errors import CacheError, ManifestError, VideoError
 from shared.storage import FileLock, Storage

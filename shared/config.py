@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import tomllib
 import typing
 from pathlib import Path
@@ -40,6 +41,17 @@ def parse_config(config_type: type[Config], argv: list[str], prog: str) -> Confi
 def to_dict(config: Any) -> dict[str, Any]:
     """The configuration as plain values, for the records that each output carries."""
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def check_name(name: str) -> str:
+    """The name of a data set, when it can be a folder's.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ConfigError(f"--dataset {name!r}: use letters, digits, '.', '_' and '-', at most 100")
+    return name
 
 
 def _split_config_files(argv: list[str]) -> tuple[list[Path], list[str]]:

@@ -29,7 +29,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shared.cache import KEY_BYTES, Cache
-from shared.errors import CacheError, ConfigError
+from shared.config import check_name
+from shared.errors import CacheError
 from shared.shards import FORMAT_VERSION, Location
 from shared.storage import Storage, canonical_json, digest_of, fsync_folder
 
@@ -99,17 +100,6 @@ def version_digest(samples: Sequence[dict[str, Any]]) -> str:
         keys = [None if row[f"{kind}_key"] is None else row[f"{kind}_key"].hex() for kind in MEMBER_KINDS]
         hasher.update(canonical_json([row["sample_id"], *keys, row["bucket"], float(row["weight"])]))
     return hasher.hexdigest()
-
-
-def check_name(name: str) -> str:
-    """The name of a data set, when it can be a folder's.
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise ConfigError(f"--dataset {name!r}: use letters, digits, '.', '_' and '-', at most 100")
-    return name
 
 
 def publish_dataset(

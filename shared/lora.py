@@ -167,12 +167,10 @@ def read_metadata(path: Path) -> tuple[dict[str, Any] | None, LoraFacts | None]:
         raise LoraError(f"{path}: not a safetensors file ({error})") from error
     if not any("lora" in name for name in names):
         raise LoraError(f"{path}: holds {len(names)} tensors, none of a LoRA")
-    adapter = json.loads(metadata["lora_adapter_metadata"]) if "lora_adapter_metadata" in metadata else None
-    if "latentreel" not in metadata:
-        return adapter, None
-    known = {field.name for field in fields(LoraFacts)}
-    facts = {name: value for name, value in json.loads(metadata["latentreel"]).items() if name in known}
     try:
-        return adapter, LoraFacts(**facts)
-    except TypeError as error:
-        raise LoraError(f"{path}: its metadata lack what this version needs ({error})") from error
+        adapter, told = (json.loads(metadata.get(name, "null")) for name in ("lora_adapter_metadata", "latentreel"))
+        known = {field.name for field in fields(LoraFacts)}
+        facts = None if told is None else {name: value for name, value in told.items() if name in known}
+        return adapter, None if facts is None else LoraFacts(**facts)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise LoraError(f"{path}: its metadata are not what this version writes ({error})") from error

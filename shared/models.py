@@ -82,7 +82,7 @@ class Checkpoint:
     """A checkpoint whose files are on this machine.
 
     Attributes:
-        name: as the user gave it: a folder or a hub id.
+        name: a hub id, or the absolute path of a folder.
         revision: the hub's commit, or None for a folder.
         folder: where the files are.
     """
@@ -213,7 +213,7 @@ def open_checkpoint(
     if folder.is_dir():
         if not (folder / "model_index.json").exists():
             raise ModelError(f"{folder}: has no model_index.json; give the folder of a whole diffusers checkpoint")
-        return Checkpoint(name, None, variant, folder.resolve())
+        return Checkpoint(str(folder.resolve()), None, variant, folder.resolve())
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(f"{name}: no such folder, and not a hub id such as THUDM/CogVideoX-2b")
     from huggingface_hub import snapshot_download

@@ -48,6 +48,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int = 8, codec: str = "libx
 
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(fps))
+        assert isinstance(stream, av.VideoStream)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv444p" if codec == "libx264" else "yuv420p"
         stream.options = {"crf": "4"}

@@ -18,7 +18,8 @@ from PIL import Image
 from preprocess import decode
 from preprocess.decode import DecodePool
 from preprocess.frames import Placement, place
-from preprocess.video import probe, read_frames
+from preprocess.probe import probe
+from preprocess.video import read_frames
 from shared.errors import VideoError
 
 CHECKOUT = Path(__file__).parents[1]
@@ -254,8 +255,8 @@ def test_children_die_with_their_parent(clip, how, state):
 
 def test_what_a_decoder_prints_does_not_reach_the_answers(clip):
     """fd 1 of the child is its stderr: a native library's printf would corrupt the protocol."""
-    code = "import os, runpy; from preprocess import video; real = video.probe\n"
-    code += "video.probe = lambda path: (os.write(1, b'noise'), real(path))[1]\n"
+    code = "import os, runpy; from preprocess import probe as module; real = module.probe\n"
+    code += "module.probe = lambda path: (os.write(1, b'noise'), real(path))[1]\n"
     code += "runpy.run_module('preprocess.decode', run_name='__main__')"
     with DecodePool(1, 60, [sys.executable, "-c", code]) as pool:
         assert pool.probe(clip).result() == probe(clip)

@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from infer.config import InferConfig
 from infer.generate import encode_prompts, generate
 from infer.lora import Lora
-from infer.recipe import Recipe, effective_prompt
+from infer.recipe import Recipe
 from infer.request import resolve
 from infer.video import write_mp4
 from shared.config import parse_config
 from shared.errors import ConfigError, LoraError, ModelError, UserError
+from shared.prompts import user_prompt
 from tests import tiny_model
 from tests.conftest import ROOT, run_command
 from tests.test_lora_inference import checkpoint_at, pipeline_at, random_lora
@@ -259,7 +260,7 @@ def test_a_video_of_other_settings_is_not_replaced(lora, tmp_path):
     ],
 )
 def test_the_id_token_is_put_before_a_prompt_that_lacks_it(prompt, token, effective):
-    assert effective_prompt(prompt, token) == effective
+    assert user_prompt(prompt, token) == effective
 
 
 # What does not fit

@@ -19,8 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from preprocess import manifest
-from preprocess.manifest import Record, effective_prompt, iter_manifest
+from preprocess.manifest import Record, iter_manifest
 from shared.errors import ManifestError
+from shared.prompts import caption_prompt
 
 CAPTIONS = ["a dog, running", 'he says "hi", then\nleaves', "NA", "a 🦊 in the snow", "null"]
 NAMES = ["a.mp4", "b c.mp4", "ü/ñ.x.y.mov", "deep/er/a.mp4", "-e.webm"]
@@ -454,7 +455,7 @@ def test_local_tables_need_neither_torch_nor_datasets(root):
     ],
 )
 def test_the_id_token_goes_before_the_caption_with_one_space(caption, id_token, prompt):
-    assert effective_prompt(caption, id_token) == prompt
+    assert caption_prompt(caption, id_token) == prompt
 
 
 @pytest.mark.skipif(not SHARED_CLIPS.exists(), reason="../shared/clips is not here")

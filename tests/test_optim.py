@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +11,11 @@ from safetensors.torch import load_file, save_file
 from train.config import TrainConfig
 from train.optim import make_optimizer, make_schedule, pack_state, unpack_state
 
-CONFIG = TrainConfig(learning_rate=3e-3, lr_warmup_steps=3, lr_num_cycles=2, lr_power=2.0)
 SCHEDULES = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+
+
+def config_of(**flags):
+    return TrainConfig(learning_rate=3e-3, lr_warmup_steps=3, lr_num_cycles=2, lr_power=2.0, **flags)
 
 
 def parameters(seed=0):
@@ -40,7 +42,7 @@ def rates(optimizer, schedule, steps):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_learning_rates_are_those_of_diffusers(name):
-    config = replace(CONFIG, lr_scheduler=name)
+    config = config_of(lr_scheduler=name)
     reference = torch.optim.SGD(parameters(), lr=3e-3)
     expected = get_scheduler(name, reference, num_warmup_steps=3, num_training_steps=12, num_cycles=2, power=2.0)
     optimizer = make_optimizer(config, parameters())
@@ -60,14 +62,14 @@ def test_learning_rates_are_the_formulas():
         "polynomial": warmup + [(3e-3 - 1e-7) * (1 - part) ** 2 + 1e-7 for part in share],
     }
     for name, expected in curves.items():
-        config = replace(CONFIG, lr_scheduler=name)
+        config = config_of(lr_scheduler=name)
         optimizer = make_optimizer(config, parameters())
         assert rates(optimizer, make_schedule(config, optimizer, 12), 12) == pytest.approx(expected, rel=1e-9), name
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
 def test_the_optimizer_is_torchs_with_every_setting(name, kind):
-    config = replace(CONFIG, optimizer=name, adam_beta1=0.8, adam_beta2=0.7, adam_weight_decay=0.3, adam_epsilon=1e-3)
+    config = config_of(optimizer=name, adam_beta1=0.8, adam_beta2=0.7, adam_weight_decay=0.3, adam_epsilon=1e-3)
     own, expected = parameters(), parameters()
     take_steps(make_optimizer(config, own), range(4))
     take_steps(kind(expected, lr=3e-3, betas=(0.8, 0.7), weight_decay=0.3, eps=1e-3), range(4))
@@ -76,7 +78,7 @@ def test_the_optimizer_is_torchs_with_every_setting(name, kind):
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_a_state_that_went_through_files_goes_on_bit_equal(tmp_path, name):
-    config = replace(CONFIG, optimizer=name)
+    config = config_of(optimizer=name)
     whole = parameters()
     optimizer = make_optimizer(config, whole)
     take_steps(optimizer, range(3))

@@ -17,7 +17,8 @@ from PIL import Image
 
 from preprocess import video
 from preprocess.frames import Placement, place
-from preprocess.video import Probe, probe, read_frames
+from preprocess.probe import Probe, probe
+from preprocess.video import read_frames
 from shared.errors import VideoError
 
 HEIGHT, WIDTH, COUNT, FPS = 96, 128, 25, 24
@@ -408,6 +409,6 @@ def test_frames_that_are_promised_but_not_there_are_reported(kind, tmp_path):
 
 
 def test_probing_imports_no_torch(tmp_path):
-    code = "import sys; from preprocess.video import probe; probe(sys.argv[1]); assert 'torch' not in sys.modules"
+    code = "import sys; from preprocess.probe import probe; probe(sys.argv[1]); assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", code, write_kind("h264", tmp_path)]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[1])

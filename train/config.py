@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from shared.dataset import check_name
+from shared.config import check_name
 from shared.errors import ConfigError
 
 # Flags that change the numbers of a run: it is gone on from with the same values. The base model, its dtype, the global
