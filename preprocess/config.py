@@ -64,6 +64,12 @@ class PreprocessConfig:
     """Source frames to skip at the start."""
     skip_frames_end: int = 0
     """Source frames to skip at the end."""
+    clips: Literal["head", "uniform", "chunk", "slide"] = "head"
+    """Clips of each video or segment: its head; chunks in a row; a sliding window; as many as chunks, spread evenly."""
+    clip_seconds: float | None = None
+    """Length of a clip in seconds; default: what the most frames last at --fps."""
+    clip_stride: float | None = None
+    """Seconds from one clip's start to the next for slide; default: half a clip."""
     random_flip: float = 0.0
     """Probability of the mirrored clip at each visit in training; above 0 both are encoded."""
 
@@ -85,6 +91,8 @@ class PreprocessConfig:
     """Decoding processes; 0: as many as the cores allow, at most 8."""
     decode_timeout: float = 120.0
     """Seconds that reading one clip may take before its decoder is killed and the clip rejected."""
+    retry_rejected: bool = False
+    """Try again the videos that could not be read in an earlier run."""
     strict: bool = False
     """Refuse to publish a data set from which any clip was rejected."""
     seed: int = 42
@@ -107,6 +115,12 @@ class PreprocessConfig:
                 raise ConfigError(f"--{name} {getattr(self, name)}; must not be negative")
         if not 0 <= self.random_flip <= 1:
             raise ConfigError(f"--random_flip {self.random_flip}; must be a probability, 0 to 1")
+        for name in ("clip_seconds", "clip_stride"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"--{name} {value}; must be above 0 seconds")
+        if self.clip_stride is not None and self.clips != "slide":
+            raise ConfigError(f"--clip_stride {self.clip_stride:g}: is of --clips slide; this is {self.clips}")
         if not self.decode_timeout > 0:
             raise ConfigError(f"--decode_timeout {self.decode_timeout}; must be above 0 seconds")
         if self.buckets is not None and (self.height, self.width, self.max_num_frames) != (None, None, None):

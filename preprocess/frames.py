@@ -17,6 +17,7 @@ from shared.errors import VideoError
 from shared.geometry import Bucket, largest_frame_count
 
 ReshapeMode = Literal["center", "random", "none"]
+ClipsMode = Literal["head", "uniform", "chunk", "slide"]
 
 MAX_REPEATS = 0.25  # of the chosen frames; more is a source slower than the rate asked for
 MAX_ASPECT_RATIO = Fraction(101, 100)  # "none" stretches: 1 % cannot be seen, more can
@@ -82,6 +83,27 @@ def _nearest(times: np.ndarray, fps: float, max_frames: int) -> np.ndarray:
     before = (after - 1).clip(min=0)
     is_later = wanted - times[before] > times[after] - wanted + NOISE_S
     return np.where(is_later, after, before)
+
+
+def split_segment(length_s: float, mode: ClipsMode, clip_s: float, stride_s: float) -> list[tuple[float, float]]:
+    """The clips that one segment of a video gives: start and end of each, in seconds after the segment's start.
+
+    A segment that is shorter than one clip is one clip; what `chunk` and `slide` leave at the end is not used.
+
+    Args:
+        mode: `head`, the first `clip_s` seconds; `chunk`, one after the other; `slide`, one every `stride_s` seconds;
+            `uniform`, as many as `chunk` gives, spread evenly from start to end (one: in the middle).
+    """
+    spare_s = max(length_s - clip_s, 0.0)
+    count, step_s, first_s = 1, 0.0, 0.0
+    if mode == "slide":
+        count, step_s = int(spare_s / stride_s + NOISE_S) + 1, stride_s
+    elif mode != "head":
+        count, step_s = max(int(length_s / clip_s + NOISE_S), 1), clip_s
+    if mode == "uniform":
+        step_s, first_s = (spare_s / (count - 1), 0.0) if count > 1 else (0.0, spare_s / 2)
+    starts = (round(first_s + number * step_s, 6) for number in range(count))
+    return [(start, round(start + clip_s, 6)) for start in starts]
 
 
 @dataclass(frozen=True)

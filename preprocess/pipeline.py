@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +23,15 @@ from preprocess.decode import DecodePool
 from preprocess.fingerprints import embeddings_fingerprint, latents_fingerprint
 from preprocess.manifest import Record, iter_manifest
 from preprocess.plan import Rejected, Sample, plan_samples
+from preprocess.publish import Stores, publish
 from preprocess.report import Report
 from preprocess.sources import Sources
 from shared.cache import Cache, Store, embedding_key
-from shared.config import to_dict
-from shared.dataset import location_row, publish_dataset
 from shared.errors import UserError, VideoError
 from shared.models import Checkpoint, choose_dtype, open_checkpoint
 from shared.prompts import user_prompt
 from shared.shards import ShardWriter
 from shared.storage import canonical_json
-
-
-@dataclass(frozen=True)
-class Stores:
-    """The stores that a run reads and fills, and the dtypes that it encodes in."""
-
-    latents: Store
-    embeddings: Store
-    vae_dtype: str
-    text_dtype: str
 
 
 def preprocess(config: PreprocessConfig) -> tuple[Report, list[Rejected], str]:
@@ -75,7 +63,7 @@ def preprocess(config: PreprocessConfig) -> tuple[Report, list[Rejected], str]:
     with cache.writer() as writer, DecodePool(decoders, config.decode_timeout) as pool:
         try:
             with report.phase("sources"):
-                videos = sources.learn(records, pool)
+                videos = sources.learn(records, pool, retry=config.retry_rejected)
             planned = list(plan_samples(records, videos, config, checkpoint.facts))
             jobs, refused = _missing_clips(planned, stores.latents, videos)
             prompts = _prompts(config, planned)
@@ -97,7 +85,7 @@ def preprocess(config: PreprocessConfig) -> tuple[Report, list[Rejected], str]:
         if not samples or (rejected and config.strict):
             raise UserError(_refusal(samples, rejected))
         with report.phase("publish"):
-            digest = _publish(cache, writer, config, checkpoint, stores, samples, rejected, report)
+            digest = publish(cache, writer, config, checkpoint, stores, samples, rejected, report)
     return report, rejected, digest
 
 
@@ -256,56 +244,3 @@ def _refusal(samples: list[Sample], rejected: list[Rejected]) -> str:
         f"{which}, the first {first.record.origin} {first.record.source}: {first.reason} ({first.detail}); "
         "no data set was published; mend or remove them" + (", or leave out --strict" if samples else "")
     )
-
-
-def _publish(
-    cache: Cache,
-    writer: Path,
-    config: PreprocessConfig,
-    checkpoint: Checkpoint,
-    stores: Stores,
-    samples: list[Sample],
-    rejected: list[Rejected],
-    report: Report,
-) -> str:
-    latents, embeddings = stores.latents, stores.embeddings
-    plain = latents.find([sample.latent_key for sample in samples])
-    mirrored = latents.find([sample.mirrored_key or sample.latent_key for sample in samples])
-    prompts = embeddings.find([sample.embedding_key for sample in samples])
-    limit = checkpoint.facts.max_text_seq_length
-    rows = []
-    for sample, latent_row, mirrored_row, prompt_row in zip(samples, plain, mirrored, prompts, strict=True):
-        tokens = embeddings.tokens(prompt_row)
-        rows.append(
-            {
-                **sample.row(),
-                "tokens": tokens,
-                "truncated": tokens > limit,
-                **location_row("latent", latents.location(latent_row)),
-                **location_row("mirrored", latents.location(mirrored_row) if sample.mirrored_key else None),
-                **location_row("image", None),
-                **location_row("embedding", embeddings.location(prompt_row)),
-            }
-        )
-    info = {
-        "fingerprints": {"latents": latents.fingerprint, "embeddings": embeddings.fingerprint, "images": None},
-        "facts": {"latents": latents.facts, "embeddings": embeddings.facts},
-        "model": {"name": checkpoint.name, "revision": checkpoint.revision, "variant": checkpoint.variant},
-        "id_token": (config.id_token or "").strip() or None,
-        "random_flip": config.random_flip,
-        "empty_prompt": _prompt_entry(embeddings, "", ""),
-        "validation_prompts": [
-            _prompt_entry(embeddings, text, user_prompt(text, config.id_token)) for text in config.validation_prompts()
-        ],
-        "config": to_dict(config),
-    }
-    return publish_dataset(
-        cache, writer, config.dataset, info, rows, [clip.row() for clip in rejected], report.to_dict()
-    )
-
-
-def _prompt_entry(store: Store, prompt: str, effective: str) -> dict[str, Any]:
-    key = embedding_key(effective)
-    row = int(store.find([key])[0])
-    place = location_row("embedding", store.location(row))
-    return {"prompt": prompt, "effective_prompt": effective, "embedding_key": key.hex(), **place}

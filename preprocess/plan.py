@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from preprocess.config import PreprocessConfig
-from preprocess.frames import Placement, choose_bucket, choose_frames, place
+from preprocess.frames import Placement, choose_bucket, choose_frames, place, split_segment
 from preprocess.manifest import Record
 from preprocess.probe import Probe
 from preprocess.sources import Source
@@ -100,13 +102,34 @@ def plan_samples(
         sources: what was learnt of each video, by its path.
     """
     occurrences: Counter[tuple[str, float | None, float | None]] = Counter()
-    for record in records:
-        segment = (record.source, record.start_s, record.end_s)
+    for whole in records:
+        source = sources[whole.path]
         try:
-            yield _plan_sample(record, sources[record.path], occurrences[segment], config, facts)
+            clips = _clips(whole, source.require_probe(), config, facts)
         except VideoError as error:
-            yield Rejected(record, error.reason, error.detail)
-        occurrences[segment] += 1
+            yield Rejected(whole, error.reason, error.detail)
+            continue
+        for record in clips:
+            segment = (record.source, record.start_s, record.end_s)
+            try:
+                yield _plan_sample(record, source, occurrences[segment], config, facts)
+            except VideoError as error:
+                yield Rejected(record, error.reason, error.detail)
+            occurrences[segment] += 1
+
+
+def _clips(record: Record, probe: Probe, config: PreprocessConfig, facts: Facts) -> list[Record]:
+    """The clips that a record's video or segment is made into: records of their own, with the same caption."""
+    if config.clips == "head" and config.clip_seconds is None:
+        return [record]
+    shapes, _ = config.shapes(facts)
+    fps = config.frame_rate(facts.native_fps) or probe.fps
+    clip_s = config.clip_seconds or max(shape.frames for shape in shapes) / fps
+    times, start_s = probe.times, record.start_s or 0.0
+    interval = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+    end_s = min(record.end_s or float("inf"), float(times[-1] - times[0]) + interval)
+    clips = split_segment(end_s - start_s, config.clips, clip_s, config.clip_stride or clip_s / 2)
+    return [replace(record, start_s=round(start_s + a, 6), end_s=round(min(start_s + b, end_s), 6)) for a, b in clips]
 
 
 def _plan_sample(record: Record, source: Source, occurrence: int, config: PreprocessConfig, facts: Facts) -> Sample:

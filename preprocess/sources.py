@@ -79,8 +79,11 @@ class Sources:
         self._known = _read(self._storage)
         self._changed: dict[str, Source] = {}  # learnt by this run, by path
 
-    def learn(self, records: Iterable[Record], pool: DecodePool) -> dict[str, Source]:
+    def learn(self, records: Iterable[Record], pool: DecodePool, *, retry: bool) -> dict[str, Source]:
         """What is known of each record's video, by path; unknown and changed files are digested and probed.
+
+        Args:
+            retry: forget what could not be read in an earlier run.
 
         Raises:
             ManifestError: a file has gone since the manifest was read.
@@ -94,7 +97,8 @@ class Sources:
                 except OSError as error:
                     raise ManifestError(f"{path}: cannot be read ({error.strerror}); run again when it can") from error
                 known = self._known.get(path)
-                if known and (known.size, known.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+                unchanged = known and (known.size, known.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+                if known and unchanged and not (retry and known.verdicts):
                     found[path] = known
                     continue
                 found[path] = Source(path, stat.st_size, stat.st_mtime_ns, "")

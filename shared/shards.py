@@ -17,6 +17,7 @@ import os
 import re
 import tarfile
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,9 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close and remove what was written."""
-        self._file.close()
+        for file in (self._tar, self._file):  # in this order: a tar that is closed later writes its end
+            with suppress(OSError):  # of a disk that is full
+                file.close()
         self._path.unlink(missing_ok=True)
 
 

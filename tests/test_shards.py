@@ -5,9 +5,9 @@ import io
 import json
 import os
 import random
-import resource
 import struct
 import tarfile
+import tracemalloc
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +93,7 @@ def test_plain_tarfile_reads_the_arrays_that_we_read(shard, store):
             assert tar.extractfile(f"{key.hex()}.json").read() == facts(number)
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset's own
 def test_webdataset_reads_the_arrays_that_we_read(shard, store):
     samples = list(wds.WebDataset(str(shard.tar), shardshuffle=False).decode())
     assert [sample["__key__"] for sample in samples] == [key.hex() for key in KEYS]
@@ -253,7 +254,8 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(shard):
     expected = read_index(data, "index")
     rng = random.Random(0)
     noticed = 0
-    for place in range(len(data)):
+    places = range(0, len(data), 3)
+    for place in places:
         flipped = bytearray(data)
         flipped[place] ^= 1 << rng.randrange(8)
         try:
@@ -263,7 +265,7 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(shard):
             noticed += 1
         else:
             assert (table.to_pylist(), told) == (expected[0].to_pylist(), expected[1])
-    assert noticed > len(data) / 4
+    assert noticed > len(places) / 4
 
 
 def test_a_torn_index_is_refused(shard):
@@ -471,14 +473,17 @@ def test_hostile_arrays_are_refused_in_one_line(payload):
 
 
 def test_a_claimed_size_is_not_set_aside(store):
-    """16 TB in a header, 4 EB in an index: refused with hardly a megabyte."""
+    """2 GB, which a machine has and would give."""
     place = store.location(int(store.find([KEYS[0]])[0]))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    payload = npy(header(shape="(1000000, 1000)"), bytes(12))
+    tracemalloc.start()
     with pytest.raises(CacheError):
-        decode_array(npy(header(shape="(2000000000, 4000)"), bytes(12)), "name")
+        decode_array(payload, "name")
     with pytest.raises(CacheError):
-        read_member(store.storage, store.folder, replace(place, size_bytes=2**62))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+        read_member(store.storage, store.folder, replace(place, size_bytes=2 * 10**9))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2_000_000
 
 
 @given(st.data())
