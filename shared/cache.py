@@ -33,6 +33,7 @@ from shared.storage import FileLock, Storage, canonical_json, digest_of
 
 KEY_BYTES = 16
 MEMBERS = {"latents": "moments.npy", "images": "image.npy", "embeddings": "prompt_embeds.npy"}  # of each kind of store
+IN_USE = ".in_use"  # in writers/: a lock that each writer shares
 STRANDED_SECONDS = 3600  # a writer's folder without a name is a crash in its first instant when it is older
 
 
@@ -165,7 +166,8 @@ class Cache:
     def writer(self) -> Iterator[Path]:
         """A folder of this process's own for unfinished files; dead writers' folders are removed on the way.
 
-        Local: `CACHE/writers/<id>/`, locked as long as the process lives. Remote: a temporary folder here.
+        Local: `CACHE/writers/<id>/`, locked as long as the process lives; waits while `without_writers` is in force
+        somewhere. Remote: a temporary folder here.
         """
         if not self.storage.is_local:
             with tempfile.TemporaryDirectory(prefix="latentreel-") as temporary:
@@ -173,27 +175,46 @@ class Cache:
             return
         writers = self.storage.local("writers")
         writers.mkdir(parents=True, exist_ok=True)
-        _remove_dead_writers(writers)
-        hidden = Path(tempfile.mkdtemp(prefix=".", dir=writers))
-        lock = FileLock(hidden / "lock")
-        lock.acquire()
-        name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        folder = hidden.rename(writers / name)  # locked before it has a name: no one can take it for dead
+        with FileLock(writers / IN_USE, shared=True):
+            for dead in dead_writers(writers):
+                shutil.rmtree(dead, ignore_errors=True)
+            hidden = Path(tempfile.mkdtemp(prefix=".", dir=writers))
+            lock = FileLock(hidden / "lock")
+            lock.acquire()
+            name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+            folder = hidden.rename(writers / name)  # locked before it has a name: no one can take it for dead
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.release()
+
+    @contextmanager
+    def without_writers(self) -> Iterator[None]:
+        """Keep writers out of a local cache: those that come wait, and what no data set refers to can be removed.
+
+        Raises:
+            CacheError: one is at work.
+        """
+        writers = self.storage.local("writers")
+        writers.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(writers / IN_USE)
+        if not lock.acquire():
+            raise CacheError(f"{self.url}: a writer is at work in it; try again when it has finished")
         try:
-            yield folder
+            yield
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
             lock.release()
 
 
-def _remove_dead_writers(writers: Path) -> None:
-    """Remove the folders of writers that no longer live: their locks are free."""
-    for folder in writers.iterdir():
+def dead_writers(writers: Path) -> Iterator[Path]:
+    """The folders of writers that no longer live: their locks are free, and held while the caller looks at a folder."""
+    for folder in writers.iterdir() if writers.is_dir() else ():
         lock = FileLock(folder / "lock")
         try:
             if folder.name.startswith("."):
-                if time.time() - folder.stat().st_mtime > STRANDED_SECONDS:
-                    shutil.rmtree(folder, ignore_errors=True)
+                if folder.is_dir() and time.time() - folder.stat().st_mtime > STRANDED_SECONDS:
+                    yield folder
                 continue
             dead = lock.acquire()
         except (FileNotFoundError, NotADirectoryError):  # it has just been named, or removed, by its owner
@@ -201,5 +222,7 @@ def _remove_dead_writers(writers: Path) -> None:
         except PermissionError:  # another user's
             continue
         if dead:
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.release()
+            try:
+                yield folder
+            finally:
+                lock.release()

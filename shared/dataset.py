@@ -7,8 +7,8 @@
       rejected.parquet  a row per clip left out, with its reason
       report.json       what the last run that published this version did
 
-A version is named by the sha256 over (sample_id, keys, bucket, weight) in manifest order, so that equal data sets are
-one version, and training can say which it saw.
+A version is named by the sha256 over fingerprints and (sample_id, keys, bucket, weight) in manifest order, so that equal
+data sets are one version, and training can say which it saw.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.cache import KEY_BYTES, Cache
+from shared.cache import KEY_BYTES, Cache, Store
 from shared.config import check_name
 from shared.errors import CacheError
 from shared.shards import FORMAT_VERSION, Location
@@ -37,6 +37,7 @@ from shared.storage import Storage, canonical_json, digest_of, fsync_folder
 MEMBER_KINDS = ("latent", "mirrored", "image", "embedding")
 STORE_OF = {"latent": "latents", "mirrored": "latents", "image": "images", "embedding": "embeddings"}
 ROW_GROUP = 65536
+DEPENDED_ON = ("fingerprints", "random_flip")  # of dataset.json, by what training sees
 
 _KEY = pa.binary(KEY_BYTES)
 SAMPLES_SCHEMA = pa.schema(
@@ -93,9 +94,13 @@ def sample_id(source: str, start_s: float | None, end_s: float | None, mirrored:
     return digest_of([*facts, occurrence] if occurrence else facts, KEY_BYTES).hex()
 
 
-def version_digest(samples: Sequence[dict[str, Any]]) -> str:
-    """The name of a version: sha256, hex, over what training depends on, in manifest order."""
-    hasher = hashlib.sha256(canonical_json(["dataset", FORMAT_VERSION]))
+def version_digest(info: dict[str, Any], samples: Iterable[dict[str, Any]]) -> str:
+    """The name of a version: sha256, hex, over what training depends on, in manifest order.
+
+    Args:
+        info: dataset.json: its fingerprints tell one encoding of a key from another.
+    """
+    hasher = hashlib.sha256(canonical_json(["dataset", FORMAT_VERSION, *(info.get(name) for name in DEPENDED_ON)]))
     for row in samples:
         keys = [None if row[f"{kind}_key"] is None else row[f"{kind}_key"].hex() for kind in MEMBER_KINDS]
         hasher.update(canonical_json([row["sample_id"], *keys, row["bucket"], float(row["weight"])]))
@@ -120,7 +125,7 @@ def publish_dataset(
         info: for dataset.json; `name`, `digest`, `format_version` and `samples` are added.
         samples: rows of SAMPLES_SCHEMA in manifest order.
     """
-    digest = version_digest(samples)
+    digest = version_digest(info, samples)
     build = writer / "dataset"
     shutil.rmtree(build, ignore_errors=True)
     build.mkdir()
@@ -182,8 +187,8 @@ class DataSet:
     def _file(self) -> pq.ParquetFile:
         path = f"{self.folder}/samples.parquet"
         storage = self.cache.storage
-        source = storage.local(path) if storage.is_local else pa.BufferReader(storage.read(path))
         try:
+            source = storage.local(path) if storage.is_local else pa.BufferReader(storage.read(path))
             file = pq.ParquetFile(source, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
             raise CacheError(f"{storage.full(path)}: cannot be read ({error}); run stage 1 again for it") from error
@@ -196,6 +201,15 @@ class DataSet:
         try:
             return self._file.read(columns=list(names))
         except (pa.ArrowException, OSError) as error:
+            path = self.cache.storage.full(f"{self.folder}/samples.parquet")
+            raise CacheError(f"{path}: cannot be read ({error}); run stage 1 again for it") from error
+
+    def rows(self, *names: str) -> Iterator[dict[str, Any]]:
+        """Some columns of samples.parquet as rows, in manifest order; few are in memory at a time."""
+        try:
+            for batch in self._file.iter_batches(4096, columns=list(names)):
+                yield from batch.to_pylist()
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a text that is not UTF-8
             path = self.cache.storage.full(f"{self.folder}/samples.parquet")
             raise CacheError(f"{path}: cannot be read ({error}); run stage 1 again for it") from error
 
@@ -212,6 +226,20 @@ class DataSet:
             path = self.cache.storage.full(f"{self.folder}/dataset.json")
             raise CacheError(f"{path}: fingerprint of {store} is {fingerprint!r}; run stage 1 again")
         return f"{store}/{fingerprint}"
+
+    def open_store(self, kind: str) -> Store:
+        """The store that holds a kind of member (`latent`, `embedding`, ...), with its indexes read.
+
+        Raises:
+            CacheError: dataset.json names none, or its facts are not those of the fingerprint.
+        """
+        folder, told = self.store_folder(kind), self.info.get("facts")
+        facts = told.get(STORE_OF[kind]) if isinstance(told, dict) else None
+        if not isinstance(facts, dict) or f"{STORE_OF[kind]}/{digest_of(facts, KEY_BYTES).hex()}" != folder:
+            path = self.cache.storage.full(f"{self.folder}/dataset.json")
+            raise CacheError(f"{path}: its facts of {STORE_OF[kind]} do not have its fingerprint; run stage 1 again")
+        known = {name: value for name, value in facts.items() if name not in ("kind", "format_version")}
+        return self.cache.store(STORE_OF[kind], known)
 
 
 def open_dataset(cache: Cache, name: str, digest: str | None = None) -> DataSet:
@@ -236,7 +264,7 @@ def open_dataset(cache: Cache, name: str, digest: str | None = None) -> DataSet:
         info = json.loads(storage.read(path))
     except FileNotFoundError as error:
         raise CacheError(f"{storage.full(path)}: is missing; run stage 1 again") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CacheError(f"{storage.full(path)}: not JSON ({error}); run stage 1 again") from error
     if not isinstance(info, dict) or info.get("format_version") != FORMAT_VERSION or info.get("digest") != digest:
         raise CacheError(f"{storage.full(path)}: not a data set of format version {FORMAT_VERSION}; run stage 1 again")

@@ -31,6 +31,7 @@ from shared.storage import Storage, canonical_json, digest_of
 
 FORMAT_VERSION = 1
 PART_DIGITS = 32  # hex digits of a part's name
+MAX_MEMBERS = 1 << 20  # of a part; a few bytes of Parquet can claim billions
 # The .npy files that we and numpy write of an array of numbers: version 1.0, little-endian floats, C order. Others are
 # refused here, unread: numpy's own reader of headers evaluates them.
 NPY_HEADER = re.compile(
@@ -178,10 +179,13 @@ def read_index(data: bytes, name: str) -> tuple[pa.Table, dict[str, Any]]:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         facts = json.loads((file.schema_arrow.metadata or {})[b"latentreel"])
         version = facts["format_version"]
+        members = file.metadata.num_rows
     except (pa.ArrowException, KeyError, TypeError, ValueError, OSError, RecursionError) as error:
         raise CacheError(f"{name}: not a shard index ({type(error).__name__}){repair}") from error
     if version != FORMAT_VERSION:
         raise CacheError(f"{name}: format version {version}; this program reads {FORMAT_VERSION}")
+    if members > MAX_MEMBERS:
+        raise CacheError(f"{name}: claims {members} members; a part has at most {MAX_MEMBERS}{repair}")
     if not file.schema_arrow.equals(INDEX_SCHEMA):
         raise CacheError(f"{name}: other columns than a shard index has{repair}")
     try:
@@ -228,17 +232,26 @@ def decode_array(payload: bytes, name: str) -> np.ndarray:
     Raises:
         CacheError: not an array of numbers, or of another size than its header claims.
     """
-    match = NPY_HEADER.match(payload)
-    if not match or int.from_bytes(match[1], "little") != len(match[2]):
-        raise CacheError(f"{name}: not an .npy array of floats; run `python -m preprocess.verify`")
-    dtype, start = np.dtype(match[3].decode()), match.end()
-    shape = [int(side) for side in match[4].split(b",") if side]
+    dtype, shape, start = read_npy_header(payload, name)
     if start + math.prod(shape) * dtype.itemsize != len(payload):
         raise CacheError(
             f"{name}: its header claims {dtype} {shape}, which is not its {len(payload)} bytes; "
             "run `python -m preprocess.verify`"
         )
     return np.frombuffer(payload, dtype, offset=start).reshape(shape)
+
+
+def read_npy_header(payload: bytes, name: str) -> tuple[np.dtype, list[int], int]:
+    """What an array's first bytes claim: its dtype, its shape, and where its values start.
+
+    Raises:
+        CacheError: not the `.npy` of an array of floats.
+    """
+    match = NPY_HEADER.match(payload)
+    if not match or int.from_bytes(match[1], "little") != len(match[2]):
+        raise CacheError(f"{name}: not an .npy array of floats; run `python -m preprocess.verify`")
+    shape = [int(side) for side in match[4].split(b",") if side]
+    return np.dtype(match[3].decode()), shape, match.end()
 
 
 def _is_part(name: object) -> bool:

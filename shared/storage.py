@@ -13,6 +13,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -63,17 +64,22 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 
 class FileLock:
-    """An exclusive lock that the operating system frees when its process dies. Local file systems only."""
+    """A lock that the operating system frees when its process dies. Local file systems only.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        shared: many may hold it together, none beside one who holds it exclusively.
+    """
+
+    def __init__(self, path: Path, *, shared: bool = False) -> None:
         self.path = path
+        self._kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         self._file: BinaryIO | None = None
 
     def acquire(self) -> bool:
         """Take the lock without waiting; False when another process holds it."""
         file = self.path.open("ab")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, self._kind | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
             return False
@@ -89,7 +95,7 @@ class FileLock:
     def __enter__(self) -> FileLock:
         """Wait for the lock and take it."""
         self._file = self.path.open("ab")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        fcntl.flock(self._file, self._kind)
         return self
 
     def __exit__(
@@ -175,6 +181,13 @@ class Storage:
         system, root = self._remote
         return int(system.size(f"{root}/{path}"))
 
+    def modified(self, path: str) -> float:
+        """When a file was last written: seconds since 1970."""
+        if self.is_local:
+            return self.local(path).stat().st_mtime
+        system, root = self._remote
+        return float(system.modified(f"{root}/{path}").timestamp())
+
     def read(self, path: str) -> bytes:
         """A whole file.
 
@@ -217,6 +230,7 @@ class Storage:
             target.parent.mkdir(parents=True, exist_ok=True)
             finished.replace(target)
             fsync_folder(target.parent)
+            self._forget(path)
         else:
             system, root = self._remote
             system.put_file(str(finished), f"{root}/{path}")
@@ -230,6 +244,24 @@ class Storage:
         else:
             system, root = self._remote
             system.pipe_file(f"{root}/{path}", data)
+
+    def remove(self, path: str) -> None:
+        """Remove a file, for good before this returns; one that is not there any more is no mistake."""
+        if self.is_local:
+            target = self.local(path)
+            target.unlink(missing_ok=True)
+            if target.parent.is_dir():
+                fsync_folder(target.parent)
+            self._forget(path)
+            return
+        system, root = self._remote
+        with suppress(FileNotFoundError):
+            system.rm_file(f"{root}/{path}")
+
+    def _forget(self, path: str) -> None:
+        """Let go of the descriptor of a file that was replaced or removed: it still shows the old one."""
+        with self._lock:
+            self._open.pop(path, None)
 
     def _open_file(self, path: str) -> _OpenFile:
         """An open file; the least recently used one is let go when there are too many."""

@@ -22,12 +22,14 @@ SHARED_CLIPS = ROOT.parent / "shared" / "clips"
 SHAPE = (9, 64, 96)  # frames, height and width of the clips in `cache`
 
 
+# Before anything imports the hub's library, which reads it once: no test reaches a hub.
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_home(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Digests are remembered in a folder of the session's own, and no test reaches a hub."""
+    """Digests are remembered in a folder of the session's own."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("home"))
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["WANDB_MODE"] = "offline"
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ def resume(cache, run, step="latest", **flags):
 
 
 @pytest.fixture
-def _no_weights(monkeypatch):
+def no_weights(monkeypatch):
     monkeypatch.setattr("train.setup.load_transformer", lambda *_: pytest.fail("weights were loaded"))
 
 
@@ -142,14 +142,15 @@ def test_a_checkpoint_with_a_changed_byte_is_refused_and_the_one_before_offered(
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("harm", ["missing", "empty", "short"])
-def test_a_torn_checkpoint_is_refused_before_any_weight_is_loaded(cache, run, file, harm, _no_weights):
+@pytest.mark.usefixtures("no_weights")
+def test_a_torn_checkpoint_is_refused_before_any_weight_is_loaded(cache, run, file, harm):
     path = run / "checkpoint-6" / file
     if harm == "missing":
         path.unlink()
     else:
         path.write_bytes(b"" if harm == "empty" else path.read_bytes()[:-1])
     rows = (run / "metrics.jsonl").read_bytes()
-    with pytest.raises(CheckpointError, match="checkpoint-6.*; resume from .*checkpoint-5") as caught:
+    with pytest.raises(CheckpointError, match=r"checkpoint-6.*; resume from .*checkpoint-5") as caught:
         resume(cache, run)
     only_line(str(caught.value))
     assert (run / "metrics.jsonl").read_bytes() == rows
@@ -164,8 +165,9 @@ def test_only_earlier_checkpoints_are_offered(run):
         read_state(run / "checkpoint-4")
 
 
-def test_a_checkpoint_that_is_not_there_is_refused(cache, run, _no_weights):
-    with pytest.raises(CheckpointError, match="checkpoint-99.*resume from .*checkpoint-6"):
+@pytest.mark.usefixtures("no_weights")
+def test_a_checkpoint_that_is_not_there_is_refused(cache, run):
+    with pytest.raises(CheckpointError, match=r"checkpoint-99.*resume from .*checkpoint-6"):
         resume(cache, run, run / "checkpoint-99")
 
 
@@ -194,7 +196,8 @@ def test_another_format_is_refused(run):
         ("max_grad_norm", 2.0, 1.0),
     ],
 )
-def test_a_checkpoint_of_other_settings_is_refused_by_field(cache, run, flag, value, was, _no_weights):
+@pytest.mark.usefixtures("no_weights")
+def test_a_checkpoint_of_other_settings_is_refused_by_field(cache, run, flag, value, was):
     told = (run / "config.json").read_bytes()
     with pytest.raises(CheckpointError) as caught:
         resume(cache, run, **{flag: value})
@@ -203,12 +206,14 @@ def test_a_checkpoint_of_other_settings_is_refused_by_field(cache, run, flag, va
     assert (run / "config.json").read_bytes() == told
 
 
-def test_another_precision_is_refused(cache, run, _no_weights):
+@pytest.mark.usefixtures("no_weights")
+def test_another_precision_is_refused(cache, run):
     with pytest.raises(CheckpointError, match="dtype was 'float32' and is now 'bfloat16'"):
         resume(cache, run, mixed_precision="bf16")
 
 
-def test_another_version_of_the_data_set_is_refused(cache_copy, run, _no_weights):
+@pytest.mark.usefixtures("no_weights")
+def test_another_version_of_the_data_set_is_refused(cache_copy, run):
     cache = Cache(str(cache_copy))
     dataset = open_dataset(cache, "squares")
     info = {name: dataset.info[name] for name in dataset.info.keys() - {"name", "digest", "format_version", "samples"}}
@@ -219,12 +224,14 @@ def test_another_version_of_the_data_set_is_refused(cache_copy, run, _no_weights
         resume(cache_copy, run)
 
 
-def test_another_base_model_is_refused(cache, run, tiny_5b, _no_weights):
+@pytest.mark.usefixtures("no_weights")
+def test_another_base_model_is_refused(cache, run, tiny_5b):
     with pytest.raises(CheckpointError, match=f"base_model was .* and is now '{tiny_5b}'"):
         resume(cache, run, pretrained_model_name_or_path=tiny_5b)
 
 
-def test_a_batch_that_the_global_batch_is_no_multiple_of_is_refused(cache, run, _no_weights):
+@pytest.mark.usefixtures("no_weights")
+def test_a_batch_that_the_global_batch_is_no_multiple_of_is_refused(cache, run):
     with pytest.raises(ConfigError, match="global batch of 1 cannot be dealt to 1 processes with --train_batch_size 2"):
         resume(cache, run, train_batch_size=2)
 
@@ -232,7 +239,8 @@ def test_a_batch_that_the_global_batch_is_no_multiple_of_is_refused(cache, run, 
 # --- starting where something is
 
 
-def test_a_plain_start_over_checkpoints_is_refused(cache, run, _no_weights):
+@pytest.mark.usefixtures("no_weights")
+def test_a_plain_start_over_checkpoints_is_refused(cache, run):
     rows = (run / "metrics.jsonl").read_bytes()
     with pytest.raises(
         CheckpointError, match=r"holds checkpoint-6; go on from it with --resume_from_checkpoint latest"
@@ -250,13 +258,14 @@ def test_latest_starts_anew_where_there_is_none_and_says_so(cache, tmp_path, cap
 def test_a_finished_run_has_nothing_left_to_do(cache, run, monkeypatch):
     rows, lora = (run / "metrics.jsonl").read_bytes(), lora_of(run)
     (run / FILES[0]).unlink()  # killed between the last checkpoint and the final file
-    monkeypatch.setattr(loop, "_step", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(loop, "take_step", lambda *_: pytest.fail("a step was taken"))
     assert resume(cache, run) == 0
     assert (run / "metrics.jsonl").read_bytes() == rows
     assert lora_of(run) == lora
 
 
-def test_a_second_run_on_a_live_folder_is_refused(cache, run, _no_weights):
+@pytest.mark.usefixtures("no_weights")
+def test_a_second_run_on_a_live_folder_is_refused(cache, run):
     with FileLock(run / ".lock"):
         with pytest.raises(CheckpointError, match=r"another run is writing there; wait for it, or give another"):
             resume(cache, run)

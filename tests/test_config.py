@@ -234,6 +234,6 @@ def test_every_field_of_a_stage_has_its_help(stage):
     (config_type,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == STAGES[stage])
     for field, after in itertools.pairwise(config_type.body):
         if isinstance(field, ast.AnnAssign):
-            helped = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            assert helped, ast.unparse(field)
+            assert isinstance(after, ast.Expr), ast.unparse(field)
+            assert isinstance(after.value, ast.Constant), ast.unparse(field)
             assert re.fullmatch(r"[^\n]{10,}\.", str(after.value.value)), ast.unparse(field)

@@ -78,7 +78,7 @@ def test_two_files_with_one_name_do_not_share_a_digest(tmp_path):
 
 
 def test_the_hub_names_its_large_files_by_their_digest(tmp_path):
-    """A snapshot is a folder of links to `blobs/<sha256>`; files out of git are named by 40 digits, which is no sha256."""
+    """A snapshot is a folder of links to `blobs/<sha256>`; files of git have names of 40 digits, which is no sha256."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "commit"
     blobs.mkdir()
     snapshot.mkdir(parents=True)

@@ -10,6 +10,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from stat import S_ISDIR
 
 import fsspec
 import pytest
@@ -79,7 +80,8 @@ def test_a_range_is_a_slice_of_the_file(storage, writer, offset, size_bytes):
 
 
 @pytest.mark.parametrize(
-    ("offset", "size_bytes"), [(0, 2049), (2000, 49), (2048, 1), (10**6, 10), (0, 2**62), (2**62, 2**62), (-4, 4), (8, -4)]
+    ("offset", "size_bytes"),
+    [(0, 2049), (2000, 49), (2048, 1), (10**6, 9), (0, 2**62), (2**62, 9), (-4, 4), (8, -4)],
 )
 def test_a_range_that_the_file_does_not_hold_is_refused(storage, writer, offset, size_bytes):
     """In particular 4 EiB are not set aside before they are read, and -4 is not counted from the end."""
@@ -91,7 +93,7 @@ def test_a_range_that_the_file_does_not_hold_is_refused(storage, writer, offset,
 def test_a_spawned_worker_opens_its_own_files(storage, writer):
     storage.write("file.bin", PAYLOAD, writer)
     storage.read_range("file.bin", 0, 4)
-    copy = pickle.loads(pickle.dumps(storage))  # noqa: S301: as a spawned process is given it
+    copy = pickle.loads(pickle.dumps(storage))  # noqa: S301 (as a spawned process is given it)
     assert (copy.url, copy.is_local) == (storage.url, storage.is_local)
     assert copy.read_range("file.bin", 4, 4) == PAYLOAD[4:8]
 
@@ -164,6 +166,13 @@ def test_files_are_let_go_but_never_under_a_reader(tmp_path):
     with ThreadPoolExecutor(8) as threads:
         assert sum(threads.map(read, range(8))) == 0
     assert count_open(tmp_path) == OPEN_FILES
+
+
+def test_a_storage_that_is_dropped_closes_its_files(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    storage = Storage(str(tmp_path))
+    storage.read_range("file", 0, 1)
+    assert count_open(tmp_path) == 1
     del storage
     assert count_open(tmp_path) == 0
 
@@ -218,13 +227,22 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
 
 
 def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
-    events = []
+    events: list[str] = []
     fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda file: (events.append(("sync", os.fstat(file).st_size)), fsync(file)))
-    monkeypatch.setattr(Path, "replace", lambda old, new: (events.append(("name",)), replace(old, new))[1])
+
+    def record_fsync(descriptor: int) -> None:
+        stat = os.fstat(descriptor)
+        events.append("folder" if S_ISDIR(stat.st_mode) else f"{stat.st_size} bytes")
+        fsync(descriptor)
+
+    def record_replace(old: Path, new: Path) -> Path:
+        events.append("name")
+        return replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", record_replace)
     write_atomically(tmp_path / "file", "12345")
-    assert events[:2] == [("sync", 5), ("name",)]
-    assert events[2][0] == "sync", "and the folder after it"
+    assert events == ["5 bytes", "name", "folder"]
 
 
 # Locks.
