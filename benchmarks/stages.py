@@ -93,7 +93,8 @@ def main() -> bool:
         folder = Path(name)
         model, clips, bare = folder / "model", folder / "clips", folder / "bare"
         tiny_model.build(model)
-        clips.mkdir(), bare.mkdir()
+        clips.mkdir()
+        bare.mkdir()
         for number in range(CLIPS):
             write_video(clips / f"{number}.mp4", moving_square(number, 17))
             (clips / f"{number}.txt").write_text(f"a square of colour number {number}")
@@ -116,7 +117,7 @@ def main() -> bool:
                 "--output_dir", str(folder / f"videos{number}"),
             )  # fmt: skip
 
-        figures = []
+        figures: list[tuple[str, float, float | None, str]] = []
         work = {
             "preprocess": (
                 lambda number: preprocess(folder / f"cache{number}"),

@@ -32,7 +32,7 @@ def main() -> bool:
     from train.data import Requests, collate, micro_batches
     from train.loop import take_step
     from train.metrics import Metrics
-    from train.objective import noisy_input, velocity_loss
+    from train.objective import Batch, noisy_input, velocity_loss
     from train.setup import open_run
 
     with tempfile.TemporaryDirectory() as name:
@@ -55,6 +55,7 @@ def main() -> bool:
         metrics = Metrics(run.output_dir, 0)
 
         held = collate([run.reader[request] for request in next(iter(requests))])
+        assert isinstance(held, Batch)
         noisy, target = noisy_input(held, run.facts, run.schedule)
         bare_optimizer = torch.optim.AdamW(trainable(run.state.transformer), lr=1e-4)
 
@@ -72,7 +73,8 @@ def main() -> bool:
             row, _ = take_step(run, step, batches, [])
             metrics.write(row)
 
-        whole_seconds, bare_seconds = [], []
+        whole_seconds: list[float] = []
+        bare_seconds: list[float] = []
         for step in range(STEPS + 5):
             for seconds, work in ((whole_seconds, lambda step=step: whole(step)), (bare_seconds, bare)):
                 started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from preprocess.config import PreprocessConfig
@@ -23,4 +24,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # an orderly end: children and unfinished files go, the rest stays
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     run_command(main)

@@ -12,6 +12,7 @@ import numpy as np
 
 from preprocess.decode import Clip, DecodePool
 from preprocess.plan import Sample
+from preprocess.sources import Source
 from preprocess.video import PIXELS_VERSION
 from shared.errors import VideoError
 from shared.shards import ShardWriter
@@ -32,6 +33,7 @@ class ClipJob:
     """
 
     sample: Sample
+    source: Source
     keys: dict[bool, bytes]
 
 
@@ -62,6 +64,8 @@ class DecodeAhead:
             read: Clip | VideoError = future.result()
         except VideoError as error:
             read = error
+        if not job.source.is_unchanged():  # its key names the bytes that were digested
+            read = VideoError("unreadable", "changed or gone since this run looked at it first; run again")
         self._bytes -= _frame_bytes(job)
         self._fill()
         return job, read

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+from tqdm import tqdm
 
 from shared.cache import KEY_BYTES, MEMBERS, Cache
 from shared.config import check_name
 from shared.dataset import MEMBER_KINDS, DataSet, open_dataset
 from shared.errors import CacheError
-from shared.shards import read_index
+from shared.shards import is_index_as_written, read_index
 from shared.storage import Storage, digest_of
 
 INDEX_BYTES = 256 << 20  # of an index, at most: it is read as a whole
@@ -65,8 +66,11 @@ class StoreFolder:
             raise CacheError(f"{path}: is of the fingerprint {fingerprint}, not of its folder's")
         return facts
 
-    def read_index(self, part: str) -> tuple[pa.Table, dict[str, Any]]:
+    def read_index(self, part: str, *, strict: bool = False) -> tuple[pa.Table, dict[str, Any]]:
         """The index of a part and the facts in its metadata.
+
+        Args:
+            strict: refuse it where bytes have changed that change nothing of what it says.
 
         Raises:
             CacheError: it is no index, or of another part.
@@ -76,9 +80,12 @@ class StoreFolder:
         size_bytes = self.storage.size(path)
         if size_bytes > INDEX_BYTES:
             raise CacheError(f"{path}: {size_bytes} bytes are more than an index has")
-        table, facts = read_index(self.storage.read(path), path)
+        data = self.storage.read(path)
+        table, facts = read_index(data, path)
         if facts["part"] != part:
             raise CacheError(f"{path}: is the index of part {facts['part']}")
+        if strict and not is_index_as_written(data):
+            raise CacheError(f"{path}: its bytes have changed since they were written, though not what they say")
         return table, facts
 
 
@@ -200,5 +207,9 @@ def leftovers(storage: Storage) -> Iterator[tuple[str, str, bool]]:
 
 def printable(text: object) -> str:
     """What a cache says, as one line that moves no cursor."""
-    line = " ".join(str(text).split())
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
+    return "".join(letter if letter.isprintable() else " " for letter in str(text))
+
+
+def say(line: str) -> None:
+    """Print a line beside a progress bar."""
+    tqdm.write(printable(line))

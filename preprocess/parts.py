@@ -143,7 +143,7 @@ def _check(found: Part, quick: bool) -> None:
     store, storage, path = found.store, found.store.storage, f"{found.store.folder}/{found.name}.tar"
     facts: dict[str, Any] = {}
     try:
-        table, facts = store.read_index(found.name)
+        table, facts = store.read_index(found.name, strict=True)
         found.rows = table.to_pylist()
     except FileNotFoundError:
         raise

@@ -9,9 +9,11 @@ what was published stays, and the next run makes the rest.
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,9 @@ from preprocess.manifest import Record, iter_manifest
 from preprocess.plan import Rejected, Sample, plan_samples
 from preprocess.publish import Stores, publish
 from preprocess.report import Report
-from preprocess.sources import Sources
+from preprocess.sources import Source, Sources
 from shared.cache import Cache, Store, embedding_key
-from shared.errors import UserError, VideoError
+from shared.errors import CacheError, UserError, VideoError
 from shared.models import Checkpoint, choose_dtype, open_checkpoint
 from shared.prompts import user_prompt
 from shared.shards import ShardWriter
@@ -60,10 +62,10 @@ def preprocess(config: PreprocessConfig) -> tuple[Report, list[Rejected], str]:
         stores = _open_stores(cache, checkpoint, config)
         sources = Sources(cache)
     decoders = config.dataloader_num_workers or min(max((os.cpu_count() or 2) - 1, 1), 8)
-    with cache.writer() as writer, DecodePool(decoders, config.decode_timeout) as pool:
+    with _full_disk_in_one_line(cache), cache.writer() as writer, DecodePool(decoders, config.decode_timeout) as pool:
         try:
             with report.phase("sources"):
-                videos = sources.learn(records, pool, retry=config.retry_rejected)
+                videos = sources.learn(records, pool, writer, retry=config.retry_rejected)
             planned = list(plan_samples(records, videos, config, checkpoint.facts))
             jobs, refused = _missing_clips(planned, stores.latents, videos)
             prompts = _prompts(config, planned)
@@ -71,12 +73,11 @@ def preprocess(config: PreprocessConfig) -> tuple[Report, list[Rejected], str]:
                 with report.phase("prompts"):
                     _encode_prompts(prompts, stores, checkpoint, config, writer, report)
                 with report.phase("clips"):
-                    failed = _encode_clips(ahead, stores, checkpoint, config, writer, report)
-            for job, error in failed:
-                sources.reject(videos[job.sample.record.path], job.sample.latent_key, error)
+                    for job, error in _encode_clips(ahead, stores, checkpoint, config, writer, report):
+                        refused[job.sample.latent_key] = error
+                        sources.reject(job.source, job.sample.latent_key, error, writer)
         finally:
             sources.save(writer)
-        refused.update({job.sample.latent_key: error for job, error in failed})
         samples, rejected = _outcome(planned, refused)
         report.rejected.update(clip.reason for clip in rejected)
         report.buckets.update(str(sample.bucket) for sample in samples)
@@ -87,6 +88,19 @@ def preprocess(config: PreprocessConfig) -> tuple[Report, list[Rejected], str]:
         with report.phase("publish"):
             digest = publish(cache, writer, config, checkpoint, stores, samples, rejected, report)
     return report, rejected, digest
+
+
+@contextmanager
+def _full_disk_in_one_line(cache: Cache) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CacheError(
+            f"{cache.url}: its disk is full ({error.strerror}); make room and run the same command again: "
+            "what was published stays"
+        ) from error
 
 
 def _read_records(config: PreprocessConfig) -> list[Record]:
@@ -112,25 +126,25 @@ def _open_stores(cache: Cache, checkpoint: Checkpoint, config: PreprocessConfig)
 
 
 def _missing_clips(
-    planned: Sequence[Sample | Rejected], store: Store, videos: dict[str, Any]
+    planned: Sequence[Sample | Rejected], store: Store, videos: dict[str, Source]
 ) -> tuple[list[ClipJob], dict[bytes, VideoError]]:
     """What must be encoded, each key once; and the clips whose reading is known to fail."""
     refused: dict[bytes, VideoError] = {}
     wanted: dict[bytes, tuple[Sample, bool]] = {}
     for sample in planned:
-        if isinstance(sample, Rejected):
-            continue
-        verdict = videos[sample.record.path].verdicts.get(sample.latent_key.hex())
-        if verdict:
-            refused[sample.latent_key] = VideoError(*verdict)
-            continue
-        for key, placement in sample.versions():
-            wanted.setdefault(key, (sample, placement.mirrored))
+        if isinstance(sample, Sample):
+            for key, placement in sample.versions():
+                wanted.setdefault(key, (sample, placement.mirrored))
     missing: dict[bytes, ClipJob] = {}
     for (key, (sample, mirrored)), row in zip(wanted.items(), store.find(list(wanted)), strict=True):
-        if row < 0:
-            job = missing.setdefault(sample.latent_key, ClipJob(sample, {}))
-            job.keys[mirrored] = key
+        if row >= 0:  # whatever the verdict on its video: it was read once
+            continue
+        source = videos[sample.record.path]
+        verdict = source.verdicts.get(sample.latent_key.hex())
+        if verdict:
+            refused[sample.latent_key] = VideoError(*verdict)
+        else:
+            missing.setdefault(sample.latent_key, ClipJob(sample, source, {})).keys[mirrored] = key
     return list(missing.values()), refused
 
 
@@ -156,14 +170,14 @@ def _encode_prompts(
     alone = {"", *(user_prompt(text, config.id_token) for text in config.validation_prompts())}
     with tqdm(total=len(missing), desc="prompts", unit="prompt", disable=None) as bar:
         for start in range(0, len(missing), config.shard_size):
-            shard = ShardWriter(writer)
-            for texts in _text_batches(missing[start : start + config.shard_size], alone, config.text_batch_size):
-                embeds, tokens = encoder.encode(texts), encoder.count_tokens(texts)
-                for text, array, count in zip(texts, embeds, tokens, strict=True):
-                    facts = canonical_json({"tokens": count})  # in the tar too: an index can be made again from it
-                    shard.add(embedding_key(text), {"prompt_embeds.npy": array, "json": facts}, tokens=count)
-                bar.update(len(texts))
-            _publish_shard(stores.embeddings, shard, report)
+            batches = _text_batches(missing[start : start + config.shard_size], alone, config.text_batch_size)
+            with _part(stores.embeddings, writer, report) as shard:
+                for texts in batches:
+                    embeds, tokens = encoder.encode(texts), encoder.count_tokens(texts)
+                    for text, array, count in zip(texts, embeds, tokens, strict=True):
+                        facts = canonical_json({"tokens": count})  # in the tar too: an index can be made again from it
+                        shard.add(embedding_key(text), {"prompt_embeds.npy": array, "json": facts}, tokens=count)
+                    bar.update(len(texts))
     del encoder
     gc.collect()  # T5 leaves before the VAE comes
 
@@ -182,41 +196,43 @@ def _encode_clips(
     config: PreprocessConfig,
     writer: Path,
     report: Report,
-) -> list[tuple[ClipJob, VideoError]]:
-    """Encode the missing clips, unit by unit. Returns those that could not be read or encoded."""
+) -> Iterator[tuple[ClipJob, VideoError]]:
+    """Encode the missing clips, unit by unit; those that could not be read or encoded come out."""
     if not ahead.jobs:
-        return []
+        return
     from preprocess.encode import VideoEncoder  # late: a run that misses nothing imports no torch
 
     encoder = VideoEncoder(
         checkpoint, stores.vae_dtype, config.cache_dtype, slicing=config.enable_slicing, tiling=config.enable_tiling
     )
-    failed: list[tuple[ClipJob, VideoError]] = []
     with tqdm(total=len(ahead.jobs), desc="clips", unit="clip", disable=None) as bar:
         for start in range(0, len(ahead.jobs), config.shard_size):
-            shard = ShardWriter(writer)
-            clips = ClipWriter(encoder, shard, config.vae_batch_size)
-            for _ in ahead.jobs[start : start + config.shard_size]:
-                job, read = ahead.next()
-                if isinstance(read, VideoError):
-                    failed.append((job, read))
-                else:
-                    clips.add(job, read)
-                bar.update()
-            clips.finish()
-            failed += clips.failed
-            _publish_shard(stores.latents, shard, report)
-    return failed
+            with _part(stores.latents, writer, report) as shard:
+                clips = ClipWriter(encoder, shard, config.vae_batch_size)
+                for _ in ahead.jobs[start : start + config.shard_size]:
+                    job, read = ahead.next()
+                    if isinstance(read, VideoError):
+                        yield job, read
+                    else:
+                        clips.add(job, read)
+                    bar.update()
+                clips.finish()
+            yield from clips.failed
 
 
-def _publish_shard(store: Store, shard: ShardWriter, report: Report) -> None:
-    if not shard.keys:
+@contextmanager
+def _part(store: Store, writer: Path, report: Report) -> Iterator[ShardWriter]:
+    """A part in the making: published when the block ends, unless it is empty or the block fails."""
+    shard = ShardWriter(writer)
+    try:
+        yield shard
+        if shard.keys:
+            finished = shard.finish()
+            report.bytes[store.kind] += finished.size_bytes + finished.index.stat().st_size
+            report.encoded[store.kind] += shard.keys
+            store.publish(finished)
+    finally:
         shard.abandon()
-        return
-    finished = shard.finish()
-    report.bytes[store.kind] += finished.size_bytes + finished.index.stat().st_size
-    report.encoded[store.kind] += shard.keys
-    store.publish(finished)
 
 
 def _outcome(

@@ -124,6 +124,8 @@ def _clips(record: Record, probe: Probe, config: PreprocessConfig, facts: Facts)
         return [record]
     shapes, _ = config.shapes(facts)
     fps = config.frame_rate(facts.native_fps) or probe.fps
+    if not fps:  # a single frame that does not tell how long it lasts
+        return [record]
     clip_s = config.clip_seconds or max(shape.frames for shape in shapes) / fps
     times, start_s = probe.times, record.start_s or 0.0
     interval = float(np.median(np.diff(times))) if len(times) > 1 else 0.0

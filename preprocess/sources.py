@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from shared.errors import CacheError, ManifestError, VideoError
 from shared.storage import FileLock, Storage
 
 FILE = "sources.parquet"
+SAVE_SECONDS = 300  # a run that is killed has this much to learn again, at most
 SCHEMA = pa.schema(
     [
         ("source", pa.string()),  # absolute path
@@ -66,6 +69,14 @@ class Source:
             raise VideoError(*self.verdicts["probe"])
         return self.probe
 
+    def is_unchanged(self) -> bool:
+        """Whether the file still is the one that this was learnt of, as far as its size and time tell."""
+        try:
+            stat = Path(self.path).stat()
+        except OSError:
+            return False
+        return (stat.st_size, stat.st_mtime_ns) == (self.size, self.mtime_ns)
+
 
 class Sources:
     """The sources that a cache knows, and those of this run.
@@ -77,12 +88,14 @@ class Sources:
     def __init__(self, cache: Cache) -> None:
         self._storage = cache.storage
         self._known = _read(self._storage)
-        self._changed: dict[str, Source] = {}  # learnt by this run, by path
+        self._changed: dict[str, Source] = {}  # learnt by this run since it was saved, by path
+        self._saved_s = time.monotonic()
 
-    def learn(self, records: Iterable[Record], pool: DecodePool, *, retry: bool) -> dict[str, Source]:
+    def learn(self, records: Iterable[Record], pool: DecodePool, writer: Path, *, retry: bool) -> dict[str, Source]:
         """What is known of each record's video, by path; unknown and changed files are digested and probed.
 
         Args:
+            writer: the writer's folder, to save by way of now and then.
             retry: forget what could not be read in an earlier run.
 
         Raises:
@@ -90,7 +103,8 @@ class Sources:
         """
         found: dict[str, Source] = {}
         unknown: dict[str, tuple[Future[str], Future[Probe]]] = {}
-        with ThreadPoolExecutor(max_workers=4, thread_name_prefix="digest") as threads:
+        threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="digest")
+        try:
             for path in dict.fromkeys(record.path for record in records):
                 try:
                     stat = Path(path).stat()
@@ -105,18 +119,30 @@ class Sources:
                 unknown[path] = threads.submit(_digest, path), pool.probe(path)
             for path, (digest, probe) in tqdm(unknown.items(), desc="sources", unit="video", disable=None):
                 source = found[path]
-                source.digest = digest.result()
+                try:
+                    source.digest = digest.result()
+                except OSError as error:  # no permission, or gone: not remembered, as the file itself may be right
+                    source.verdicts["probe"] = ("unreadable", f"{error.strerror}")
+                    continue
                 try:
                     source.probe = probe.result()
                 except VideoError as error:
                     source.verdicts["probe"] = (error.reason, error.detail)
-                self._changed[path] = source
+                self._remember(source, writer)
+        finally:
+            threads.shutdown(cancel_futures=True)
         return found
 
-    def reject(self, source: Source, key: bytes, error: VideoError) -> None:
-        """Remember that reading the clip `key` of a source failed."""
-        source.verdicts[key.hex()] = (error.reason, error.detail)
+    def reject(self, source: Source, key: bytes, error: VideoError, writer: Path) -> None:
+        """Remember that reading the clip `key` of a source failed, if that was the fault of the file as it is."""
+        if error.reason != "non_finite" and source.is_unchanged():  # what is not finite depends on the VAE and dtype
+            source.verdicts[key.hex()] = (error.reason, error.detail)
+            self._remember(source, writer)
+
+    def _remember(self, source: Source, writer: Path) -> None:
         self._changed[source.path] = source
+        if time.monotonic() - self._saved_s > SAVE_SECONDS:
+            self.save(writer)
 
     def save(self, writer: Path) -> None:
         """Write what is new to the cache's file, beside what other processes have written meanwhile."""
@@ -126,16 +152,20 @@ class Sources:
             merged = {**_read(self._storage), **self._changed}
             rows = [_row(source) for source in merged.values()]
             finished = writer / FILE
-            pq.write_table(
-                pa.Table.from_pylist(rows, SCHEMA),
-                finished,
-                compression="zstd",
-                use_dictionary=False,
-                column_encoding={"pts.list.element": "DELTA_BINARY_PACKED"},
-            )
+            with finished.open("wb") as file:
+                pq.write_table(
+                    pa.Table.from_pylist(rows, SCHEMA),
+                    file,
+                    compression="zstd",
+                    use_dictionary=False,
+                    column_encoding={"pts.list.element": "DELTA_BINARY_PACKED"},
+                    write_page_checksum=True,
+                )
+                file.flush()
+                os.fsync(file.fileno())
             self._storage.publish(finished, FILE)
         self._known.update(self._changed)
-        self._changed = {}
+        self._changed, self._saved_s = {}, time.monotonic()
 
 
 def _digest(path: str) -> str:
@@ -164,16 +194,19 @@ def _read(storage: Storage) -> dict[str, Source]:
         return {}
     path = storage.local(FILE)
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise CacheError(f"{path}: cannot be read ({error}); remove it, what it remembers is learnt again") from error
     if not table.schema.equals(SCHEMA):
         raise CacheError(f"{path}: other columns than this version writes; remove it, it is learnt again")
-    sources = {}
-    for row in table.to_pylist():
-        if row["pixels_version"] != PIXELS_VERSION:
-            continue
-        probe = None if row["probe"] is None else Probe.from_dict({**json.loads(row["probe"]), "pts": row["pts"]})
-        verdicts = {key: (reason, detail) for key, (reason, detail) in json.loads(row["verdicts"]).items()}
-        sources[row["source"]] = Source(row["source"], row["size"], row["mtime_ns"], row["digest"], probe, verdicts)
-    return sources
+    rows = (row for row in table.to_pylist() if row["pixels_version"] == PIXELS_VERSION)
+    try:
+        return {row["source"]: _source(row) for row in rows}
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        raise CacheError(f"{path}: a row cannot be read ({error!r}); remove it, it is learnt again") from error
+
+
+def _source(row: dict[str, Any]) -> Source:
+    probe = None if row["probe"] is None else Probe.from_dict({**json.loads(row["probe"]), "pts": row["pts"]})
+    verdicts = {key: (reason, detail) for key, (reason, detail) in json.loads(row["verdicts"]).items()}
+    return Source(row["source"], row["size"], row["mtime_ns"], row["digest"], probe, verdicts)

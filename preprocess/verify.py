@@ -19,11 +19,10 @@ from tyro.conf import Positional
 
 from preprocess.inventory import (
     StoreFolder,
-    dataset_names,
     leftovers,
     open_cache,
-    printable,
     prompt_entries,
+    say,
     store_folders,
     versions,
 )
@@ -43,8 +42,8 @@ class VerifyConfig:
     cache: Positional[str]
     """The cache: a folder or a URL."""
     repair: bool = False
-    """Make bad parts again of their good keys and drop the bad ones, so that the next stage-1 run encodes exactly
-    those; remove what crashes left behind. Exit status 0 when nothing damaged is left."""
+    """Make bad parts again of their good keys and drop the bad ones: the next stage-1 run encodes exactly those. Remove
+    what crashes left behind. Exit status 0 when nothing damaged is left."""
     quick: bool = False
     """Read no payload: only whether files exist, their sizes, the indexes' digests and the tars' headers."""
 
@@ -143,18 +142,19 @@ class Verification:
 
     def datasets(self) -> None:
         """Look at every version of every data set: its name, and whether the stores hold its keys."""
-        names = self._storage.names("datasets")
-        for name in tqdm(names, desc="data sets", unit="data set", disable=None):
-            current = self._current(name)
-            for digest in versions(self._cache, name):
+        for name in self._storage.names("datasets"):
+            known = versions(self._cache, name)
+            current = self._look_at_current(name, known)
+            known.sort(key=lambda digest: digest != current)  # the command to run again is the current version's
+            for digest in tqdm(known, desc=name, unit="version", disable=None):
                 self.versions += 1
                 try:
-                    self._version(open_dataset(self._cache, name, digest), is_current=digest == current)
+                    self._look_at_version(open_dataset(self._cache, name, digest))
                 except UserError as error:
-                    self._bad(str(error))
+                    self._bad(str(error).removeprefix(f"{self._storage.url}/"))
 
-    def _current(self, name: str) -> str | None:
-        path, known = f"datasets/{name}/CURRENT", versions(self._cache, name)
+    def _look_at_current(self, name: str, known: list[str]) -> str | None:
+        path = f"datasets/{name}/CURRENT"
         try:
             size_bytes = self._storage.size(path)
             current = self._storage.read(path).decode(errors="replace").strip() if size_bytes < 100 else "a long text"
@@ -168,33 +168,26 @@ class Verification:
             self._bad(f"{path}: is {current!r}, which is no version of it; run stage 1 again")
         return current
 
-    def _version(self, dataset: DataSet, *, is_current: bool) -> None:
-        what = f"{dataset.name}, version {dataset.digest[:12]}"
-        for entry in prompt_entries(dataset):
-            self._refer(
-                dataset, f"{what}, prompt {entry.get('effective_prompt')!r:.60}", entry, ("embedding",), is_current
-            )
+    def _look_at_version(self, dataset: DataSet) -> None:
+        keys = [f"{kind}_key" for kind in MEMBER_KINDS]
+        places = [column for kind in MEMBER_KINDS for column in location_columns(kind)]
 
-        def looked_at() -> Iterator[dict[str, Any]]:
-            keys = [f"{kind}_key" for kind in MEMBER_KINDS]
-            places = [column for kind in MEMBER_KINDS for column in location_columns(kind)]
+        def rows() -> Iterator[dict[str, Any]]:
             for row in dataset.rows("sample_id", "source", "bucket", "weight", *keys, *places):
-                self._refer(
-                    dataset, f"{what}, sample {row['sample_id']} ({row['source']})", row, MEMBER_KINDS, is_current
-                )
+                self._look_for(f"sample {row['sample_id']} ({row['source']})", dataset, row, MEMBER_KINDS)
                 yield row
 
+        for entry in prompt_entries(dataset):
+            self._look_for(f"prompt {entry.get('effective_prompt')!r:.60}", dataset, entry, ("embedding",))
         try:
-            digest = version_digest(dataset.info, looked_at())
+            digest = version_digest(dataset.info, rows())
         except (TypeError, ValueError) as error:
             digest = f"none ({error})"
         if digest != dataset.digest:
             self._bad(f"{dataset.folder}/samples.parquet: its digest is {digest}; run stage 1 again")
 
-    def _refer(
-        self, dataset: DataSet, what: str, row: dict[str, Any], kinds: tuple[str, ...], is_current: bool
-    ) -> None:
-        """Look for what one sample or prompt refers to."""
+    def _look_for(self, what: str, dataset: DataSet, row: dict[str, Any], kinds: tuple[str, ...]) -> None:
+        """Look for the members of one sample or prompt: their keys, and their places where the part is still there."""
         missing, moved = [], []
         for kind in kinds:
             key = row[f"{kind}_key"]
@@ -207,12 +200,14 @@ class Verification:
             if key not in held.keys:
                 missing.append(f"{kind} {key.hex()}")
                 continue
+            values: list[Any] = [row.get(column) for column in location_columns(kind)]
             try:
-                place = Location(*(row.get(column) for column in location_columns(kind)))
+                place = Location(*values)
                 if place.part in held.parts and _pack(key, place) not in held.places:
                     moved.append(kind)
             except CacheError:
                 moved.append(kind)
+        what = f"{dataset.name}, version {dataset.digest[:12]}, {what}"
         if missing:
             self.missing += 1
             self.incomplete.setdefault(dataset.name, dataset)
@@ -229,9 +224,7 @@ class Verification:
         try:
             Sources(self._cache)
         except (CacheError, AttributeError, KeyError, TypeError, ValueError) as error:
-            told = (
-                str(error) if isinstance(error, CacheError) else f"{FILE}: holds what stage 1 does not write ({error})"
-            )
+            told = str(error) if isinstance(error, CacheError) else f"{FILE}: is not what stage 1 writes ({error})"
             self._bad(told.removeprefix(f"{self._storage.url}/"))
             if self._writer:
                 self._storage.remove(FILE)
@@ -263,11 +256,6 @@ class Verification:
 
 def _pack(key: bytes, place: Location) -> bytes:
     return struct.pack(">16s16sQQQ", key, bytes.fromhex(place.part), place.offset, place.size_bytes, place.crc32)
-
-
-def say(line: str) -> None:
-    """Print a line beside a progress bar."""
-    tqdm.write(printable(line))
 
 
 def main(argv: list[str]) -> int:

@@ -7,8 +7,8 @@
       rejected.parquet  a row per clip left out, with its reason
       report.json       what the last run that published this version did
 
-A version is named by the sha256 over fingerprints and (sample_id, keys, bucket, weight) in manifest order, so that equal
-data sets are one version, and training can say which it saw.
+A version is named by the sha256 over the fingerprints and (sample_id, keys, bucket, weight) in manifest order, so that
+equal data sets are one version, and training can say which it saw.
 """
 
 from __future__ import annotations

@@ -79,11 +79,15 @@ def trainable(transformer: Any) -> list[torch.nn.Parameter]:
 
 
 def lora_state(transformer: Any) -> dict[str, torch.Tensor]:
-    """The LoRA's matrices under the names that diffusers gives them in a file, on the CPU, in float32."""
+    """Copies of the LoRA's matrices under the names that diffusers gives them in a file, on the CPU, in float32."""
+    import torch
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
-    return {f"{PREFIX}{name}": value.detach().float().cpu().contiguous() for name, value in state.items()}
+    return {
+        f"{PREFIX}{name}": value.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name, value in state.items()
+    }
 
 
 def save_lora(transformer: Any, folder: Path, facts: LoraFacts) -> Path:
@@ -93,7 +97,7 @@ def save_lora(transformer: Any, folder: Path, facts: LoraFacts) -> Path:
         LoraError: a matrix is empty or not finite: nothing is written.
     """
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = lora_state(transformer)
     for name, value in state.items():
@@ -108,12 +112,21 @@ def save_lora(transformer: Any, folder: Path, facts: LoraFacts) -> Path:
     }
     path = folder / FILE_NAME
     temporary = folder / f".{FILE_NAME}.tmp"
-    save_file(state, temporary, metadata=metadata)
-    with temporary.open("rb") as file:
+    with temporary.open("wb") as file:
+        file.write(_with_sorted_header(save(state, metadata)))
+        file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
     fsync_folder(folder)
     return path
+
+
+def _with_sorted_header(data: bytes) -> bytes:
+    """The bytes of a safetensors file with its header in a fixed order: the library writes metadata in a random one."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors start at a multiple of 8 bytes
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def load_lora_state(transformer: Any, path: Path) -> None:

@@ -32,6 +32,8 @@ from shared.storage import Storage, canonical_json, digest_of
 FORMAT_VERSION = 1
 PART_DIGITS = 32  # hex digits of a part's name
 MAX_MEMBERS = 1 << 20  # of a part; a few bytes of Parquet can claim billions
+FILE_DIGEST = b"latentreel_sha256"  # in an index's metadata: of the file, taken while NO_DIGEST stood there
+NO_DIGEST = b"0" * 64
 # The .npy files that we and numpy write of an array of numbers: version 1.0, little-endian floats, C order. Others are
 # refused here, unread: numpy's own reader of headers evaluates them.
 NPY_HEADER = re.compile(
@@ -92,7 +94,8 @@ class ShardWriter:
 
         self._path = folder / "unfinished.tar"
         self._file = self._path.open("wb")
-        self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0.0, compress=False)  # same input, same bytes
+        # same input, same bytes; not 0.0: a float takes a PAX header of 1 KiB for each member
+        self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0, compress=False)
         self._rows: list[dict[str, Any]] = []
 
     @property
@@ -153,13 +156,21 @@ class ShardWriter:
 
 
 def write_index(path: Path, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Write a part's index and flush it to the disk; its metadata hold `facts` and the digest of them and its rows."""
+    """Write a part's index and flush it to the disk.
+
+    Its metadata hold `facts`, the digest of them and its rows, and the digest of the file with that place zeroed.
+    """
     table = pa.Table.from_pylist(rows, INDEX_SCHEMA)
     facts = {"format_version": FORMAT_VERSION, **facts}
     facts["index_sha256"] = index_digest(table, facts)
-    table = table.replace_schema_metadata({b"latentreel": canonical_json(facts)})
+    buffer, options = io.BytesIO(), {"compression": "zstd", "write_page_checksum": True, "store_schema": False}
+    with pq.ParquetWriter(buffer, table.schema, **options) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({b"latentreel": canonical_json(facts), FILE_DIGEST: NO_DIGEST})
+    data = buffer.getvalue()
+    assert data.count(NO_DIGEST) == 1
     with path.open("wb") as file:
-        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+        file.write(data.replace(NO_DIGEST, hashlib.sha256(data).hexdigest().encode()))
         file.flush()
         os.fsync(file.fileno())
 
@@ -203,6 +214,16 @@ def read_index(data: bytes, name: str) -> tuple[pa.Table, dict[str, Any]]:
     if ((offsets < 0) | (sizes <= 0) | (sizes > tar_size - offsets)).any():
         raise CacheError(f"{name}: a member lies outside its tar of {tar_size} bytes{repair}")
     return table, facts
+
+
+def is_index_as_written(data: bytes) -> bool:
+    """Whether every byte of an index is as it was written, those too that change nothing of what it says."""
+    try:
+        told = (pq.read_schema(pa.BufferReader(data)).metadata or {}).get(FILE_DIGEST, b"")
+    except (pa.ArrowException, OSError):
+        return False
+    zeroed = data.replace(told, NO_DIGEST) if len(told) == len(NO_DIGEST) else b""
+    return hashlib.sha256(zeroed).hexdigest().encode() == told
 
 
 def index_digest(table: pa.Table, facts: dict[str, Any]) -> str:

@@ -55,7 +55,7 @@ def main() -> int:
     )
     print(f"""
 Done in {time.perf_counter() - started:.0f} s. The model is random, so the video is noise; all else is the real thing:
-  {FOLDER}/cache     latents and embeddings in plain WebDataset tars (tar tf {FOLDER}/cache/latents/*/*.tar), and an index
+  {FOLDER}/cache     latents and embeddings in WebDataset tars (tar tf {FOLDER}/cache/latents/*/*.tar), and an index
   {FOLDER}/lora      pytorch_lora_weights.safetensors, its checkpoints, metrics.jsonl
   {FOLDER}/videos    the video, and a JSON that holds everything needed to make it again
 

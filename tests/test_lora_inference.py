@@ -222,3 +222,13 @@ def test_the_file_says_what_it_was_trained_on(trained):
     assert (adapter["transformer.r"], adapter["transformer.lora_alpha"]) == (RANK, ALPHA)
     assert (facts.rank, facts.alpha, facts.id_token, facts.step) == (RANK, ALPHA, "SQR", 7)
     assert json.loads(json.dumps(adapter)) == adapter
+
+
+def test_the_same_lora_gives_the_same_bytes(tiny_2b, tmp_path):
+    """safetensors orders the metadata as it likes, another way in each file."""
+    files = []
+    for number in range(4):
+        (tmp_path / str(number)).mkdir()
+        _, path = random_lora(tiny_2b, tmp_path / str(number))
+        files.append(path.read_bytes())
+    assert len(set(files)) == 1

@@ -257,6 +257,7 @@ def test_previews_show_what_was_encoded(cache):
     part = opened.dataset.cache.storage.local(f"{opened.dataset.store_folder('latent')}/{row['latent_part']}.tar")
     with tarfile.open(part) as tar:
         member = tar.extractfile(f"{row['latent_key'].hex()}.preview.jpg")
+        assert member is not None
         strip = np.asarray(Image.open(member))
     assert strip.shape == (64, 4 * 96, 3)
     expected = moving_square(0, 9, 72, 104)[0]

@@ -153,6 +153,7 @@ def test_resuming_twice_is_resuming_once(cache, whole, tmp_path, monkeypatch):
     assert same_run(run, whole)
 
 
+@pytest.mark.slow
 def test_sigterm_to_all_processes_of_a_run_saves_and_exits_143(cache, whole, tmp_path):
     """As a cluster sends it: the worker that reads gets it too, and must not take the run down before it has saved."""
     run = tmp_path / "run"

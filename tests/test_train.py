@@ -111,14 +111,17 @@ def test_the_base_is_held_in_the_asked_precision_and_the_lora_in_float32(cache, 
     assert facts.dtype == "bfloat16"
 
 
-def test_the_gradient_norm_is_that_of_the_gradients_before_clipping(cache, tmp_path, world):
-    train_here(cache, tmp_path / "run", max_train_steps=1, train_batch_size=2, max_grad_norm=1e-4)
+def test_the_gradient_is_that_of_the_mean_over_filled_places(cache, tmp_path, world):
+    """At learning rate 0, over an epoch with short batches; the norm is told as it was before clipping."""
+    train_here(cache, tmp_path / "run", max_train_steps=4, train_batch_size=2, max_grad_norm=1e-4, learning_rate=0)
     add_lora(world.transformer, rank=4, alpha=2.0, target_modules=TARGET_MODULES, seed=seed_for(42, "lora"))
-    world.losses(world.rows(0)).mean().backward()
-    gradients = [parameter.grad for parameter in world.transformer.parameters() if parameter.grad is not None]
-    norm = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients])).item()
-    assert norm > 1e-3
-    assert column(tmp_path / "run", "grad_norm") == pytest.approx([norm], rel=1e-4)
+    for step, told in enumerate(column(tmp_path / "run", "grad_norm")):
+        world.transformer.zero_grad()
+        world.losses(world.rows(step)).mean().backward()
+        gradients = [parameter.grad for parameter in world.transformer.parameters() if parameter.grad is not None]
+        norm = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients])).item()
+        assert norm > 1e-3
+        assert told == pytest.approx(norm, rel=1e-4)
 
 
 # --- batches
@@ -259,6 +262,17 @@ def test_a_signal_saves_a_checkpoint_and_ends_the_run(cache, tmp_path, monkeypat
     assert checkpoint.name == "checkpoint-3"  # the step that was under way is finished
     assert column(tmp_path / "run", "step") == [1, 2, 3]
     assert not (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_a_tracker_is_given_the_rows_and_writes_into_the_output_folder(cache, tmp_path, monkeypatch):
+    """wandb, offline: its file holds the losses that metrics.jsonl has."""
+    monkeypatch.chdir(tmp_path)  # where wandb would write by itself
+    train_here(cache, tmp_path / "run", max_train_steps=3, report_to="wandb", tracker_name="squares")
+    (file,) = (tmp_path / "run" / "logs").glob("wandb/offline-run-*/*.wandb")
+    logged = file.read_bytes()
+    for row in rows_of(tmp_path / "run"):
+        assert repr(row["loss"]).encode() in logged
+    assert not (tmp_path / "wandb").exists()
 
 
 # --- the configuration

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -67,11 +66,9 @@ def facts_of(output_dir: Path) -> list[list[Any]]:
     ]
 
 
-def lora_of(folder: Path) -> tuple[dict[str, Any], bytes]:
-    """The LoRA file of a run or checkpoint: its header, which safetensors orders as it likes, and all other bytes."""
-    data = (folder / "pytorch_lora_weights.safetensors").read_bytes()
-    (size,) = struct.unpack("<Q", data[:8])
-    return json.loads(data[8 : 8 + size]), data[8 + size :]
+def lora_of(folder: Path) -> bytes:
+    """The LoRA file of a run or checkpoint."""
+    return (folder / "pytorch_lora_weights.safetensors").read_bytes()
 
 
 def only_line(text: str) -> str:

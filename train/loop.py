@@ -38,10 +38,19 @@ def train(config: TrainConfig) -> int:
         if run.is_main:
             print("\n".join(_introduction(run)), flush=True)
         if config.report_to != "none":
-            accelerator.init_trackers(config.tracker_name, config=to_dict(config))
+            _start_trackers(run)
         status = _take_steps(run, stop)
         accelerator.end_training()
     return status
+
+
+def _start_trackers(run: Run) -> None:
+    folder = run.output_dir / run.config.logging_dir
+    if run.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+    run.accelerator.init_trackers(
+        run.config.tracker_name, config=to_dict(run.config), init_kwargs={"wandb": {"dir": str(folder)}}
+    )
 
 
 def _introduction(run: Run) -> Iterator[str]:
