@@ -13,8 +13,12 @@ from shared.errors import run_command
 def main(argv: list[str]) -> int:
     """Run stage 1 and print what it did."""
     config = parse_config(PreprocessConfig, argv, "python -m preprocess")
-    from preprocess.pipeline import preprocess  # late: --help and a typo are answered at once
+    from preprocess.pipeline import check_tiling, preprocess  # late: --help and a typo are answered at once
 
+    if config.check_tiling:
+        for line in check_tiling(config):
+            print(line)
+        return 0
     report, rejected, digest = preprocess(config)
     for clip in rejected:
         print(f"rejected: {clip.record.origin} {clip.record.source}: {clip.reason} ({clip.detail})", file=sys.stderr)

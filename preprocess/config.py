@@ -73,6 +73,9 @@ class PreprocessConfig:
     random_flip: float = 0.0
     """Probability of the mirrored clip at each visit in training; above 0 both are encoded."""
 
+    image_variants: int = 4
+    """Noised encodings of each first frame, for training to pick from; text-to-video checkpoints take none."""
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the VAE and T5 run in; auto: as their weights are stored (float16 on a CPU: float32)."""
     cache_dtype: Literal["float16", "float32"] = "float16"
@@ -81,6 +84,10 @@ class PreprocessConfig:
     """Encode a batch clip by clip in the VAE: less memory, the same numbers."""
     enable_tiling: bool = False
     """Encode in overlapping tiles: much less memory, other numbers (recorded in the cache)."""
+    tile: Literal["auto", "on", "off"] | None = None
+    """Tiles: on, off, or auto (none if that fits into memory, else the largest that fit); default: --enable_tiling."""
+    check_tiling: bool = False
+    """Only compare some clips encoded in tiles and in one piece, and print what the tiles change."""
     vae_batch_size: int = 1
     """Clips of one shape that the VAE encodes together."""
     text_batch_size: int = 8
@@ -107,12 +114,14 @@ class PreprocessConfig:
         check_name(self.dataset)
         if not self.pretrained_model_name_or_path:
             raise ConfigError("--pretrained_model_name_or_path is missing; give a folder or THUDM/CogVideoX-2b")
-        for name in ("vae_batch_size", "text_batch_size", "shard_size", "min_num_frames"):
+        for name in ("vae_batch_size", "text_batch_size", "shard_size", "min_num_frames", "image_variants"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)}; must be at least 1")
         for name in ("skip_frames_start", "skip_frames_end", "dataloader_num_workers"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name} {getattr(self, name)}; must not be negative")
+        if self.enable_tiling and self.tile not in (None, "on"):
+            raise ConfigError(f"--tile {self.tile}: says other than --enable_tiling, which means on; leave one out")
         if not 0 <= self.random_flip <= 1:
             raise ConfigError(f"--random_flip {self.random_flip}; must be a probability, 0 to 1")
         for name in ("clip_seconds", "clip_stride"):
@@ -140,6 +149,19 @@ class PreprocessConfig:
         if not 0 < rate < float("inf"):
             raise ConfigError(f"--fps {self.fps}; must be a number above 0, auto or source")
         return rate
+
+    def check(self, facts: Facts) -> None:
+        """Compare what was asked for with what the checkpoint can take.
+
+        Raises:
+            ConfigError: a size, or a combination, that it cannot.
+        """
+        self.shapes(facts)
+        if self.random_flip and facts.image_to_video:
+            raise ConfigError(
+                f"--random_flip {self.random_flip:g}: the checkpoint is {facts.kind}, and a mirrored clip would need a "
+                "mirrored first frame, which a cache does not hold; leave it out"
+            )
 
     def shapes(self, facts: Facts) -> tuple[list[Bucket], bool]:
         """The buckets to bring clips to, and whether a clip that is too short for one may take fewer frames."""

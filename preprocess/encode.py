@@ -6,11 +6,15 @@ tokens, D features.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from shared.errors import ModelError
 from shared.models import Checkpoint, choose_device, load_text_encoder, load_vae
+
+IMAGE_BATCH = 3  # single frames encoded together: with what the VAE pads before each, no more than a clip's 8 take
 
 
 class TextEncoder:
@@ -51,27 +55,46 @@ class TextEncoder:
 
 
 class VideoEncoder:
-    """The VAE's encoder, untiled or with its own default tiles.
+    """The VAE's encoder, untiled or in tiles.
 
     Args:
         dtype: that the VAE runs in.
         cache_dtype: of the moments that come out.
+        tiling: the tiles' geometry, as in the fingerprint; None: untiled.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str, cache_dtype: str, *, slicing: bool, tiling: bool) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: str, cache_dtype: str, *, slicing: bool, tiling: dict[str, Any] | None
+    ) -> None:
         self._device, self._dtype = choose_device(), getattr(torch, dtype)
         self._vae = load_vae(checkpoint, self._dtype).to(self._device)
         self._cache_dtype = np.dtype(cache_dtype)
         if slicing:
             self._vae.enable_slicing()
-        if tiling:
-            self._vae.enable_tiling()
+        self.set_tiling(tiling)
+
+    def set_tiling(self, tiling: dict[str, Any] | None) -> None:
+        """Encode in these tiles from now on; None: untiled."""
+        if tiling is None:
+            self._vae.disable_tiling()
+        else:
+            self._vae.enable_tiling(
+                tiling["height"], tiling["width"], tiling["overlap_height"], tiling["overlap_width"]
+            )
 
     @torch.no_grad()
     def encode(self, frames: np.ndarray) -> np.ndarray:
         """Mean and log-variance [B, 2C, T, H, W] of uint8 RGB frames [B, F, H, W, 3], neither drawn from nor scaled."""
         pixels = torch.from_numpy(frames).to(self._device).permute(0, 4, 1, 2, 3)
-        pixels = (pixels.float() / 127.5 - 1).to(self._dtype)
-        posterior = self._vae.encode(pixels).latent_dist
+        return self._moments(pixels.float() / 127.5 - 1)
+
+    @torch.no_grad()
+    def encode_images(self, pixels: torch.Tensor) -> np.ndarray:
+        """Mean and log-variance [B, 2C, 1, H, W] of float32 pixels [B, 3, 1, H, W], neither drawn from nor scaled."""
+        batches = pixels.chunk(-(-len(pixels) // IMAGE_BATCH))
+        return np.concatenate([self._moments(batch.to(self._device)) for batch in batches])
+
+    def _moments(self, pixels: torch.Tensor) -> np.ndarray:
+        posterior = self._vae.encode(pixels.to(self._dtype)).latent_dist
         moments = torch.cat([posterior.mean, posterior.logvar], dim=1)
         return moments.float().cpu().numpy().astype(self._cache_dtype)

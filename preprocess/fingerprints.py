@@ -6,17 +6,29 @@ from typing import Any
 
 from shared.models import Checkpoint
 
+# sigma = exp(N(mean, std^2)) of the noise on image conditions, in pixels in [-1, 1]: as in the pre-training.
+LOG_SIGMA_MEAN, LOG_SIGMA_STD = -3.0, 0.5
+
 
 def latents_fingerprint(
-    checkpoint: Checkpoint, *, dtype: str, cache_dtype: str, tiling: bool, rehash: bool
+    checkpoint: Checkpoint, *, dtype: str, cache_dtype: str, tiling: dict[str, Any] | None, rehash: bool
 ) -> dict[str, Any]:
-    """Of video moments. The VAE's scaling factor, slicing and batches change nothing, so they are not in it."""
+    """Of video moments. The VAE's scaling factor, slicing and batches change nothing, so they are not in it.
+
+    Args:
+        tiling: the geometry of the tiles; None: untiled.
+    """
     return {
         "vae": {"weights": checkpoint.weights_digest("vae", rehash=rehash), "config": checkpoint.encoding_config()},
         "dtype": dtype,
         "cache_dtype": cache_dtype,
-        "tiling": tile_geometry(checkpoint) if tiling else None,
+        "tiling": tiling,
     }
+
+
+def images_fingerprint(latents: dict[str, Any], variants: int) -> dict[str, Any]:
+    """Of noised first frames: that of the video moments which the same VAE makes, and the noise."""
+    return {**latents, "variants": variants, "log_sigma_mean": LOG_SIGMA_MEAN, "log_sigma_std": LOG_SIGMA_STD}
 
 
 def tile_geometry(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import errno
 import gc
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from tqdm import tqdm
 from preprocess.clips import ClipJob, ClipWriter, DecodeAhead
 from preprocess.config import PreprocessConfig
 from preprocess.decode import DecodePool
-from preprocess.fingerprints import embeddings_fingerprint, latents_fingerprint
+from preprocess.fingerprints import embeddings_fingerprint, images_fingerprint, latents_fingerprint, tile_geometry
 from preprocess.manifest import Record, iter_manifest
 from preprocess.plan import Rejected, Sample, plan_samples
 from preprocess.publish import Stores, publish
 from preprocess.report import Report
+from preprocess.seams import seam_lines
 from preprocess.sources import Source, Sources
+from preprocess.tiling import choose_tiling
 from shared.cache import Cache, Store, embedding_key
 from shared.errors import CacheError, UserError, VideoError
 from shared.models import Checkpoint, choose_dtype, open_checkpoint
@@ -49,17 +51,11 @@ def preprocess(config: PreprocessConfig) -> tuple[Report, list[Rejected], str]:
     report = Report()
     with report.phase("manifest"):
         records = _read_records(config)
-    checkpoint = open_checkpoint(
-        config.pretrained_model_name_or_path,
-        revision=config.revision,
-        variant=config.variant,
-        cache_dir=config.cache_dir,
-        weights=("vae", "text_encoder"),
-    )
-    config.shapes(checkpoint.facts)  # a size that it cannot take is refused before anything is opened
+    checkpoint = _open_checkpoint(config)
     cache = Cache(config.cache)
     with report.phase("cache"):
         stores = _open_stores(cache, checkpoint, config)
+        report.tiling = stores.tiling
         sources = Sources(cache)
     decoders = config.dataloader_num_workers or min(max((os.cpu_count() or 2) - 1, 1), 8)
     with _full_disk_in_one_line(cache), cache.writer() as writer, DecodePool(decoders, config.decode_timeout) as pool:
@@ -67,7 +63,7 @@ def preprocess(config: PreprocessConfig) -> tuple[Report, list[Rejected], str]:
             with report.phase("sources"):
                 videos = sources.learn(records, pool, writer, retry=config.retry_rejected)
             planned = list(plan_samples(records, videos, config, checkpoint.facts))
-            jobs, refused = _missing_clips(planned, stores.latents, videos)
+            jobs, refused = _missing_clips(planned, stores, videos)
             prompts = _prompts(config, planned)
             with DecodeAhead(jobs, pool) as ahead:  # decoding starts while T5 is still at work
                 with report.phase("prompts"):
@@ -83,11 +79,55 @@ def preprocess(config: PreprocessConfig) -> tuple[Report, list[Rejected], str]:
         report.buckets.update(str(sample.bucket) for sample in samples)
         report.reused["latents"] = len({key for sample in samples for key, _ in sample.versions()})
         report.reused["latents"] -= report.encoded["latents"]
+        images = len({sample.image_key for sample in samples if sample.image_key})
+        report.reused["images"] = max(images - report.encoded["images"], 0)  # a rejected clip's may be encoded
         if not samples or (rejected and config.strict):
             raise UserError(_refusal(samples, rejected))
         with report.phase("publish"):
             digest = publish(cache, writer, config, checkpoint, stores, samples, rejected, report)
     return report, rejected, digest
+
+
+def check_tiling(config: PreprocessConfig) -> Iterator[str]:
+    """What tiles change, in a few of the clips: a line for the tiles, then one for each clip.
+
+    The tiles are those that a run with this configuration would take; the VAE's own, where it would take none. The
+    cache learns what there is to know of the videos, and nothing else is written.
+
+    Raises:
+        UserError: as `preprocess`.
+    """
+    records = _read_records(config)
+    checkpoint = _open_checkpoint(config)
+    cache = Cache(config.cache)
+    stores, sources = _open_stores(cache, checkpoint, config), Sources(cache)
+    with cache.writer() as writer, DecodePool(1, config.decode_timeout) as pool:
+        videos = sources.learn(records, pool, writer, retry=config.retry_rejected)
+        sources.save(writer)
+        planned = list(plan_samples(records, videos, config, checkpoint.facts))
+        samples = [sample for sample in planned if isinstance(sample, Sample)]
+        if not samples:
+            raise UserError(_refusal([], [clip for clip in planned if isinstance(clip, Rejected)]))
+        from preprocess.encode import VideoEncoder  # late: torch
+
+        tiling = stores.tiling or tile_geometry(checkpoint)
+        size = f"{tiling['height']}x{tiling['width']}"
+        told = "as this run would take" if stores.tiling else "the VAE's own: this run would take none"
+        yield f"tiles     {size} pixels, {told}; differences from untiled in the latents' standard deviation"
+        encoder = VideoEncoder(checkpoint, stores.vae_dtype, "float32", slicing=False, tiling=None)
+        yield from seam_lines(encoder, pool, samples, tiling)
+
+
+def _open_checkpoint(config: PreprocessConfig) -> Checkpoint:
+    checkpoint = open_checkpoint(
+        config.pretrained_model_name_or_path,
+        revision=config.revision,
+        variant=config.variant,
+        cache_dir=config.cache_dir,
+        weights=("vae", "text_encoder"),
+    )
+    config.check(checkpoint.facts)  # a size that it cannot take is refused before anything is opened
+    return checkpoint
 
 
 @contextmanager
@@ -120,31 +160,51 @@ def _open_stores(cache: Cache, checkpoint: Checkpoint, config: PreprocessConfig)
     vae_dtype = choose_dtype(config.dtype, checkpoint.stored_dtype("vae"))
     text_dtype = choose_dtype(config.dtype, checkpoint.stored_dtype("text_encoder"))
     common: dict[str, Any] = {"cache_dtype": config.cache_dtype, "rehash": config.rehash}
-    latents = latents_fingerprint(checkpoint, dtype=vae_dtype, tiling=config.enable_tiling, **common)
+    untiled = latents_fingerprint(checkpoint, dtype=vae_dtype, tiling=None, **common)
+    latents = {**untiled, "tiling": choose_tiling(cache, checkpoint, config, vae_dtype, untiled)}
     embeddings = embeddings_fingerprint(checkpoint, dtype=text_dtype, **common)
-    return Stores(cache.store("latents", latents), cache.store("embeddings", embeddings), vae_dtype, text_dtype)
+    images = images_fingerprint(latents, config.image_variants) if checkpoint.facts.image_to_video else None
+    return Stores(
+        latents=cache.store("latents", latents),
+        images=cache.store("images", images) if images else None,
+        embeddings=cache.store("embeddings", embeddings),
+        vae_dtype=vae_dtype,
+        text_dtype=text_dtype,
+    )
 
 
 def _missing_clips(
-    planned: Sequence[Sample | Rejected], store: Store, videos: dict[str, Source]
+    planned: Sequence[Sample | Rejected], stores: Stores, videos: dict[str, Source]
 ) -> tuple[list[ClipJob], dict[bytes, VideoError]]:
     """What must be encoded, each key once; and the clips whose reading is known to fail."""
     refused: dict[bytes, VideoError] = {}
     wanted: dict[bytes, tuple[Sample, bool]] = {}
+    images: dict[bytes, list[Sample]] = {}  # any of them may fail to be read, and must not take the others with it
     for sample in planned:
         if isinstance(sample, Sample):
             for key, placement in sample.versions():
                 wanted.setdefault(key, (sample, placement.mirrored))
+            if sample.image_key:
+                images.setdefault(sample.image_key, []).append(sample)
     missing: dict[bytes, ClipJob] = {}
-    for (key, (sample, mirrored)), row in zip(wanted.items(), store.find(list(wanted)), strict=True):
-        if row >= 0:  # whatever the verdict on its video: it was read once
-            continue
+
+    def job_for(sample: Sample) -> ClipJob | None:
         source = videos[sample.record.path]
         verdict = source.verdicts.get(sample.latent_key.hex())
         if verdict:
             refused[sample.latent_key] = VideoError(*verdict)
-        else:
-            missing.setdefault(sample.latent_key, ClipJob(sample, source, {})).keys[mirrored] = key
+            return None
+        return missing.setdefault(sample.latent_key, ClipJob(sample, source))
+
+    # Nothing is missing that is in its store, whatever the verdict on its video: it was read once.
+    for (key, (sample, mirrored)), row in zip(wanted.items(), stores.latents.find(list(wanted)), strict=True):
+        if row < 0 and (job := job_for(sample)):
+            job.keys[mirrored] = key
+    if stores.images:
+        for (key, sharing), row in zip(images.items(), stores.images.find(list(images)), strict=True):
+            for sample in sharing if row < 0 else ():
+                if job := job_for(sample):
+                    job.image_key = key
     return list(missing.values()), refused
 
 
@@ -203,12 +263,14 @@ def _encode_clips(
     from preprocess.encode import VideoEncoder  # late: a run that misses nothing imports no torch
 
     encoder = VideoEncoder(
-        checkpoint, stores.vae_dtype, config.cache_dtype, slicing=config.enable_slicing, tiling=config.enable_tiling
+        checkpoint, stores.vae_dtype, config.cache_dtype, slicing=config.enable_slicing, tiling=stores.tiling
     )
+    done: set[bytes] = set()
     with tqdm(total=len(ahead.jobs), desc="clips", unit="clip", disable=None) as bar:
         for start in range(0, len(ahead.jobs), config.shard_size):
-            with _part(stores.latents, writer, report) as shard:
-                clips = ClipWriter(encoder, shard, config.vae_batch_size)
+            images = _part(stores.images, writer, report) if stores.images else nullcontext()
+            with _part(stores.latents, writer, report) as shard, images as image_shard:
+                clips = ClipWriter(encoder, shard, config.vae_batch_size, image_shard, config.image_variants, done)
                 for _ in ahead.jobs[start : start + config.shard_size]:
                     job, read = ahead.next()
                     if isinstance(read, VideoError):
@@ -223,7 +285,9 @@ def _encode_clips(
 @contextmanager
 def _part(store: Store, writer: Path, report: Report) -> Iterator[ShardWriter]:
     """A part in the making: published when the block ends, unless it is empty or the block fails."""
-    shard = ShardWriter(writer)
+    folder = writer / store.kind  # moments and images are made side by side
+    folder.mkdir(exist_ok=True)
+    shard = ShardWriter(folder)
     try:
         yield shard
         if shard.keys:

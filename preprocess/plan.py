@@ -16,7 +16,7 @@ from preprocess.manifest import Record
 from preprocess.probe import Probe
 from preprocess.sources import Source
 from preprocess.video import PIXELS_VERSION
-from shared.cache import embedding_key, latent_key
+from shared.cache import embedding_key, image_key, latent_key
 from shared.dataset import sample_id
 from shared.errors import VideoError
 from shared.geometry import Bucket
@@ -40,6 +40,7 @@ class Sample:
     latent_key: bytes
     mirrored_key: bytes | None
     embedding_key: bytes
+    image_key: bytes | None  # of the first frame, for image-to-video
 
     def row(self) -> dict[str, Any]:
         """The sample's row in samples.parquet, but for tokens and the places of its members."""
@@ -64,7 +65,7 @@ class Sample:
             "bucket": str(self.bucket),
             "latent_key": self.latent_key,
             "mirrored_key": self.mirrored_key,
-            "image_key": None,
+            "image_key": self.image_key,
             "embedding_key": self.embedding_key,
         }
 
@@ -176,4 +177,7 @@ def _plan_sample(record: Record, source: Source, occurrence: int, config: Prepro
         if mirrored
         else None,
         embedding_key=embedding_key(prompt),
+        image_key=image_key(source.digest, indices[0], asdict(placement), PIXELS_VERSION)
+        if facts.image_to_video
+        else None,
     )

@@ -21,9 +21,15 @@ class Stores:
     """The stores that a run reads and fills, and the dtypes that it encodes in."""
 
     latents: Store
+    images: Store | None  # image-to-video
     embeddings: Store
     vae_dtype: str
     text_dtype: str
+
+    @property
+    def tiling(self) -> dict[str, Any] | None:
+        """The tiles that the VAE encodes in; None: untiled."""
+        return self.latents.facts["tiling"]
 
 
 def publish(
@@ -41,10 +47,14 @@ def publish(
     Every key of every sample must be in the stores. Truncated prompts and captions that stand on several clips are
     counted in the report on the way.
     """
-    latents, embeddings = stores.latents, stores.embeddings
+    latents, images, embeddings = stores.latents, stores.images, stores.embeddings
     plain = latents.find([sample.latent_key for sample in samples])
     mirrored = latents.find([sample.mirrored_key or sample.latent_key for sample in samples])
     prompts = embeddings.find([sample.embedding_key for sample in samples])
+    first_frames = {}
+    if images:
+        keys = [sample.image_key for sample in samples if sample.image_key]
+        first_frames = {key: images.location(row) for key, row in zip(keys, images.find(keys), strict=True)}
     limit = checkpoint.facts.max_text_seq_length
     rows = []
     for sample, latent_row, mirrored_row, prompt_row in zip(samples, plain, mirrored, prompts, strict=True):
@@ -56,14 +66,22 @@ def publish(
                 "truncated": tokens > limit,
                 **location_row("latent", latents.location(latent_row)),
                 **location_row("mirrored", latents.location(mirrored_row) if sample.mirrored_key else None),
-                **location_row("image", None),
+                **location_row("image", first_frames[sample.image_key] if sample.image_key else None),
                 **location_row("embedding", embeddings.location(prompt_row)),
             }
         )
     report.count_captions(rows)
     info = {
-        "fingerprints": {"latents": latents.fingerprint, "embeddings": embeddings.fingerprint, "images": None},
-        "facts": {"latents": latents.facts, "embeddings": embeddings.facts},
+        "fingerprints": {
+            "latents": latents.fingerprint,
+            "embeddings": embeddings.fingerprint,
+            "images": images.fingerprint if images else None,
+        },
+        "facts": {
+            "latents": latents.facts,
+            "embeddings": embeddings.facts,
+            "images": images.facts if images else None,
+        },
         "model": {"name": checkpoint.name, "revision": checkpoint.revision, "variant": checkpoint.variant},
         "id_token": (config.id_token or "").strip() or None,
         "random_flip": config.random_flip,

@@ -24,6 +24,7 @@ class Report:
     buckets: Counter[str] = field(default_factory=Counter)
     truncated: list[str] = field(default_factory=list)  # sources whose prompt is longer than the text encoder takes
     duplicates: dict[str, list[str]] = field(default_factory=dict)  # sources of each caption that several clips have
+    tiling: dict[str, Any] | None = None  # the tiles that the VAE encoded in
     bytes: Counter[str] = field(default_factory=Counter)  # written, tars and indexes
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -53,6 +54,7 @@ class Report:
             "buckets": dict(sorted(self.buckets.items())),
             "truncated": len(self.truncated),
             "duplicate_captions": len(self.duplicates),
+            "tiling": self.tiling,
             "bytes": dict(self.bytes),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
@@ -60,7 +62,8 @@ class Report:
     def lines(self) -> Iterator[str]:
         """The summary as it is printed."""
         for name, counts in (("encoded", self.encoded), ("reused", self.reused)):
-            yield f"{name:<9} {counts['latents']} clips, {counts['embeddings']} prompts"
+            images = f", {counts['images']} images" if counts["images"] else ""
+            yield f"{name:<9} {counts['latents']} clips, {counts['embeddings']} prompts{images}"
         for reason, count in sorted(self.rejected.items()):
             yield f"rejected  {count} {reason}: {REJECTION_REASONS[reason]}"
         for bucket, count in sorted(self.buckets.items()):
@@ -71,6 +74,9 @@ class Report:
             yield f"duplicate caption {caption[:60]!r} of {len(sources)} clips: {_listed(sources)}"
         if len(self.duplicates) > LISTED:
             yield f"duplicate captions: {len(self.duplicates) - LISTED} more"
+        if self.tiling:
+            size = f"{self.tiling['height']}x{self.tiling['width']}"
+            yield f"tiles     {size} pixels; --check_tiling tells what they change"
         yield f"written   {sum(self.bytes.values()) / 1e6:,.1f} MB"
         yield "seconds   " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())
 

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ class Sources:
     """The sources that a cache knows, and those of this run.
 
     Args:
-        cache: local; its `sources.parquet` is read at once.
+        cache: its `sources.parquet` is read at once.
     """
 
     def __init__(self, cache: Cache) -> None:
@@ -128,7 +129,8 @@ class Sources:
                     source.probe = probe.result()
                 except VideoError as error:
                     source.verdicts["probe"] = (error.reason, error.detail)
-                self._remember(source, writer)
+                if source.is_unchanged():
+                    self._remember(source, writer)
         finally:
             threads.shutdown(cancel_futures=True)
         return found
@@ -145,10 +147,13 @@ class Sources:
             self.save(writer)
 
     def save(self, writer: Path) -> None:
-        """Write what is new to the cache's file, beside what other processes have written meanwhile."""
+        """Write what is new to the cache's file, beside what other processes have written meanwhile.
+
+        Remote: of two that write in the same instant one is forgotten, which costs time and nothing else.
+        """
         if not self._changed:
             return
-        with FileLock(self._storage.local("writers/.sources.lock")):
+        with self._alone():
             merged = {**_read(self._storage), **self._changed}
             rows = [_row(source) for source in merged.values()]
             finished = writer / FILE
@@ -166,6 +171,10 @@ class Sources:
             self._storage.publish(finished, FILE)
         self._known.update(self._changed)
         self._changed, self._saved_s = {}, time.monotonic()
+
+    def _alone(self) -> AbstractContextManager[object]:
+        """Keeps others from writing the file; an object store has no locks."""
+        return FileLock(self._storage.local("writers/.sources.lock")) if self._storage.is_local else nullcontext()
 
 
 def _digest(path: str) -> str:
@@ -190,11 +199,11 @@ def _row(source: Source) -> dict[str, Any]:
 
 def _read(storage: Storage) -> dict[str, Source]:
     """The sources in the cache's file by path; those that another version of the decoding code saw are left out."""
-    if not storage.exists(FILE):
-        return {}
-    path = storage.local(FILE)
+    path = storage.full(FILE)
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
+        table = pq.read_table(pa.BufferReader(storage.read(FILE)), page_checksum_verification=True)
+    except FileNotFoundError:
+        return {}
     except (pa.ArrowException, OSError) as error:
         raise CacheError(f"{path}: cannot be read ({error}); remove it, what it remembers is learnt again") from error
     if not table.schema.equals(SCHEMA):

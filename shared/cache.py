@@ -50,6 +50,16 @@ def latent_key(video_digest: str, frame_indices: Sequence[int], geometry: dict[s
     return digest_of(facts, KEY_BYTES)
 
 
+def image_key(video_digest: str, frame_index: int, geometry: dict[str, Any], pixels_version: int) -> bytes:
+    """The key of the noised encodings of a clip's first frame.
+
+    Args:
+        frame_index: the visible frame.
+        video_digest, geometry, pixels_version: as in `latent_key`.
+    """
+    return digest_of(["image", video_digest, int(frame_index), geometry, pixels_version], KEY_BYTES)
+
+
 def embedding_key(effective_prompt: str) -> bytes:
     """The key of a prompt's embedding: of the text as the model reads it, id token included."""
     return digest_of(["prompt", effective_prompt], KEY_BYTES)
@@ -166,15 +176,14 @@ class Cache:
     def writer(self) -> Iterator[Path]:
         """A folder of this process's own for unfinished files; dead writers' folders are removed on the way.
 
-        Local: `CACHE/writers/<id>/`, locked as long as the process lives; waits while `without_writers` is in force
-        somewhere. Remote: a temporary folder here.
+        `CACHE/writers/<id>/`, locked as long as the process lives; waits while `without_writers` is in force somewhere.
+        Of a remote cache it is on this machine, in a folder of the user's own below $TMPDIR: nothing unfinished is
+        remote.
         """
-        if not self.storage.is_local:
-            with tempfile.TemporaryDirectory(prefix="latentreel-") as temporary:
-                yield Path(temporary)
-            return
-        writers = self.storage.local("writers")
-        writers.mkdir(parents=True, exist_ok=True)
+        writers = self._writers()
+        writers.mkdir(mode=0o700 if not self.storage.is_local else 0o777, parents=True, exist_ok=True)
+        if not self.storage.is_local and writers.stat().st_uid != os.getuid():
+            raise CacheError(f"{writers}: belongs to another user; set TMPDIR to a folder of your own")
         with FileLock(writers / IN_USE, shared=True):
             for dead in dead_writers(writers):
                 shutil.rmtree(dead, ignore_errors=True)
@@ -188,6 +197,11 @@ class Cache:
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
                 lock.release()
+
+    def _writers(self) -> Path:
+        if self.storage.is_local:
+            return self.storage.local("writers")
+        return Path(tempfile.gettempdir(), f"latentreel-{os.getuid()}")
 
     @contextmanager
     def without_writers(self) -> Iterator[None]:

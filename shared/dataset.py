@@ -155,7 +155,7 @@ def _publish_folder(storage: Storage, build: Path, folder: str) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-    for file in sorted(build.iterdir()):
+    for file in sorted(build.iterdir(), key=lambda file: (file.name == "dataset.json", file.name)):  # it comes last
         storage.publish(file, f"{folder}/{file.name}")
 
 
@@ -190,7 +190,7 @@ class DataSet:
         try:
             source = storage.local(path) if storage.is_local else pa.BufferReader(storage.read(path))
             file = pq.ParquetFile(source, page_checksum_verification=True)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: not UTF-8
             raise CacheError(f"{storage.full(path)}: cannot be read ({error}); run stage 1 again for it") from error
         if not file.schema_arrow.equals(SAMPLES_SCHEMA):
             raise CacheError(f"{storage.full(path)}: other columns than format version {FORMAT_VERSION} has")
@@ -200,7 +200,7 @@ class DataSet:
         """Some columns of samples.parquet, in manifest order."""
         try:
             return self._file.read(columns=list(names))
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: not UTF-8
             path = self.cache.storage.full(f"{self.folder}/samples.parquet")
             raise CacheError(f"{path}: cannot be read ({error}); run stage 1 again for it") from error
 
@@ -209,7 +209,7 @@ class DataSet:
         try:
             for batch in self._file.iter_batches(4096, columns=list(names)):
                 yield from batch.to_pylist()
-        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a text that is not UTF-8
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: not UTF-8
             path = self.cache.storage.full(f"{self.folder}/samples.parquet")
             raise CacheError(f"{path}: cannot be read ({error}); run stage 1 again for it") from error
 

@@ -1,7 +1,7 @@
 """A folder of files, on this machine or behind any fsspec URL, and what makes writing to it safe.
 
 What exists under its final name is complete: a file is written elsewhere, flushed to the disk, and renamed (local) or
-put in one piece (remote).
+put in one piece (remote: `shared/remote.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from shared.errors import CacheError, ConfigError
+from shared.errors import CacheError
+from shared.remote import Remote, check_url, status_of
 
 OPEN_FILES = 64  # file descriptors that one reader keeps open
 
@@ -31,13 +32,6 @@ def canonical_json(value: Any) -> bytes:
 def digest_of(value: Any, size: int = 32) -> bytes:
     """The first `size` bytes of the sha256 of a value's canonical JSON."""
     return hashlib.sha256(canonical_json(value)).digest()[:size]
-
-
-def check_url(url: str) -> None:
-    """Refuse what fsspec or webdataset would run or chain: `pipe:`, `a::b`."""
-    scheme = url.partition("://")[0] if "://" in url else url.partition(":")[0]
-    if "::" in url or scheme.strip().lower() in {"pipe", "exec", "shell"}:
-        raise ConfigError(f"{url}: commands and chained URLs are refused; give a folder or a plain URL")
 
 
 def fsync_folder(folder: Path) -> None:
@@ -137,13 +131,8 @@ class Storage:
         self.__init__(state["url"])  # type: ignore[misc]
 
     @functools.cached_property
-    def _remote(self) -> tuple[Any, str]:
-        import fsspec  # late: local caches do not need it
-
-        try:
-            return fsspec.core.url_to_fs(self.url)
-        except (ImportError, ValueError) as error:  # the protocol's package is missing, or there is no such protocol
-            raise ConfigError(f"{self.url}: cannot be opened: {error}") from error
+    def _remote(self) -> Remote:
+        return Remote(self.url)
 
     def local(self, path: str = "") -> Path:
         """The path on this machine. Only for local storage."""
@@ -158,35 +147,29 @@ class Storage:
         """Whether a file or folder is there."""
         if self.is_local:
             return self.local(path).exists()
-        system, root = self._remote
-        return bool(system.exists(f"{root}/{path}"))
+        return self._remote.ask(path, lambda system, full: bool(system.exists(full)))
 
     def names(self, path: str) -> list[str]:
         """The sorted names in a folder; none when it does not exist."""
         if self.is_local:
             folder = self.local(path)
             return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-        system, root = self._remote
-        system.invalidate_cache(f"{root}/{path}")  # other processes publish there too
         try:
-            found = system.ls(f"{root}/{path}", detail=False)
+            return self._remote.ask(path, _list)
         except FileNotFoundError:
             return []
-        return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
 
     def size(self, path: str) -> int:
         """Bytes of a file."""
         if self.is_local:
             return self.local(path).stat().st_size
-        system, root = self._remote
-        return int(system.size(f"{root}/{path}"))
+        return self._remote.ask(path, lambda system, full: int(system.size(full)))
 
     def modified(self, path: str) -> float:
         """When a file was last written: seconds since 1970."""
         if self.is_local:
             return self.local(path).stat().st_mtime
-        system, root = self._remote
-        return float(system.modified(f"{root}/{path}").timestamp())
+        return self._remote.ask(path, lambda system, full: float(system.modified(full).timestamp()))
 
     def read(self, path: str) -> bytes:
         """A whole file.
@@ -196,8 +179,7 @@ class Storage:
         """
         if self.is_local:
             return self.local(path).read_bytes()
-        system, root = self._remote
-        return bytes(system.cat_file(f"{root}/{path}"))
+        return self._remote.ask(path, lambda system, full: bytes(system.cat_file(full)))
 
     def read_range(self, path: str, offset: int, size_bytes: int) -> bytes:
         """`size_bytes` bytes of a file from `offset` on.
@@ -214,8 +196,7 @@ class Storage:
             held = os.fstat(file.descriptor).st_size - offset  # pread sets aside what it is asked for, petabytes too
             data = os.pread(file.descriptor, min(size_bytes, held), offset) if held > 0 else b""
         else:
-            system, root = self._remote
-            data = bytes(system.cat_file(f"{root}/{path}", start=offset, end=offset + size_bytes))
+            data = self._remote.ask(path, lambda system, full: _cut(system, full, offset, size_bytes))
         if len(data) != size_bytes:
             raise CacheError(
                 f"{self.full(path)}: holds {len(data)} of the {size_bytes} bytes at {offset} that its index "
@@ -224,7 +205,7 @@ class Storage:
         return data
 
     def publish(self, finished: Path, path: str) -> None:
-        """Give a finished local file, already flushed to the disk, its final name. An existing file is replaced."""
+        """Move a finished local file, already flushed to the disk, to its final name. An existing file is replaced."""
         if self.is_local:
             target = self.local(path)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -232,18 +213,14 @@ class Storage:
             fsync_folder(target.parent)
             self._forget(path)
         else:
-            system, root = self._remote
-            system.put_file(str(finished), f"{root}/{path}")
+            self._remote.put(finished, path)
+            finished.unlink()
 
     def write(self, path: str, data: bytes, writer: Path) -> None:
         """Write a small file atomically, by way of the writer's folder: nothing unfinished is anywhere else."""
-        if self.is_local:
-            finished = writer / path.rpartition("/")[2]
-            write_atomically(finished, data)
-            self.publish(finished, path)
-        else:
-            system, root = self._remote
-            system.pipe_file(f"{root}/{path}", data)
+        finished = writer / path.rpartition("/")[2]
+        write_atomically(finished, data)
+        self.publish(finished, path)
 
     def remove(self, path: str) -> None:
         """Remove a file, for good before this returns; one that is not there any more is no mistake."""
@@ -254,9 +231,8 @@ class Storage:
                 fsync_folder(target.parent)
             self._forget(path)
             return
-        system, root = self._remote
         with suppress(FileNotFoundError):
-            system.rm_file(f"{root}/{path}")
+            self._remote.ask(path, lambda system, full: system.rm_file(full))
 
     def _forget(self, path: str) -> None:
         """Let go of the descriptor of a file that was replaced or removed: it still shows the old one."""
@@ -271,3 +247,21 @@ class Storage:
             if len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)
             return file
+
+
+def _list(system: Any, folder: str) -> list[str]:
+    """The sorted names in a remote folder; an object that stands for the folder itself is not in it."""
+    found = (str(name).rstrip("/") for name in system.ls(folder, detail=False))
+    return sorted(name.rpartition("/")[2] for name in found if name.strip("/") != folder.strip("/"))
+
+
+def _cut(system: Any, path: str, offset: int, size_bytes: int) -> bytes:
+    """A range of a remote file, or what it holds of it."""
+    if not size_bytes:
+        return b""  # HTTP has no empty range
+    try:
+        return bytes(system.cat_file(path, start=offset, end=offset + size_bytes))
+    except OSError as error:
+        if status_of(error) == 416:  # it starts behind the end
+            return b""
+        raise

@@ -1,13 +1,17 @@
-"""Stage 1 without what takes its time: decoding in the test's own process, and no VAE."""
+"""Stage 1 without what takes its time: decoding in the test's own process, and no models."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
+from preprocess import encode, pipeline
 from preprocess.decode import Clip, make_preview
 from preprocess.probe import probe
 from preprocess.video import read_frames
@@ -42,10 +46,41 @@ class InProcessPool:
         return _done(lambda: Clip(frames.result(), make_preview(frames.result()) if preview else None))
 
 
-def encode_nothing(encoder: Any, frames: np.ndarray) -> np.ndarray:
-    """Stands in for `preprocess.encode.VideoEncoder.encode`: zeros of the right shape."""
-    batch, count, height, width, _ = frames.shape
-    return np.zeros((batch, 32, (count + 3) // 4, height // 8, width // 8), encoder._cache_dtype)
+class StandInTextEncoder:
+    """Stands in for `preprocess.encode.TextEncoder`: an array that tells its prompt, a token a word."""
+
+    def __init__(self, checkpoint: Any, dtype: str, cache_dtype: str) -> None:
+        self._shape = (checkpoint.facts.max_text_seq_length, checkpoint.facts.text_embed_dim)
+        self._cache_dtype = cache_dtype
+
+    def count_tokens(self, prompts: list[str]) -> list[int]:
+        """As TextEncoder."""
+        return [len(prompt.split()) + 1 for prompt in prompts]
+
+    def encode(self, prompts: list[str]) -> np.ndarray:
+        """As TextEncoder."""
+        embeds = [np.full(self._shape, zlib.crc32(prompt.encode()) % 10_000) for prompt in prompts]
+        return np.stack(embeds).astype(self._cache_dtype)
+
+
+class StandInVideoEncoder:
+    """Stands in for `preprocess.encode.VideoEncoder`: every eighth pixel of every fourth frame."""
+
+    def __init__(self, checkpoint: Any, dtype: str, cache_dtype: str, *, slicing: bool, tiling: bool) -> None:
+        self._cache_dtype = cache_dtype
+
+    def encode(self, frames: np.ndarray) -> np.ndarray:
+        """As VideoEncoder."""
+        few = frames[:, ::4, ::8, ::8].mean(-1)[:, None]
+        return np.repeat(few, 32, axis=1).astype(self._cache_dtype)
+
+
+def use_stand_ins(patch: pytest.MonkeyPatch) -> None:
+    """Let stage 1 do all that it does, but for decoding in children and running models."""
+    patch.setattr(pipeline, "DecodePool", InProcessPool)
+    patch.setattr(pipeline, "gc", SimpleNamespace(collect=lambda: 0))  # there is no T5 to free
+    patch.setattr(encode, "TextEncoder", StandInTextEncoder)
+    patch.setattr(encode, "VideoEncoder", StandInVideoEncoder)
 
 
 def _done(work: Callable[[], Any]) -> Future[Any]:

@@ -10,10 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from preprocess import clips, pipeline, plan, sources, video
-from preprocess.encode import VideoEncoder
+from preprocess import clips, plan, sources, video
 from tests.conftest import moving_square, write_video
-from tests.decoding import InProcessPool, encode_nothing
+from tests.decoding import InProcessPool, use_stand_ins
 from tests.test_preprocess import preprocess
 
 SIZE = ["--height", "32", "--width", "48", "--max_num_frames", "9"]
@@ -33,8 +32,7 @@ def made(tmp_path_factory, tiny_2b):
     write_manifest(work)
     shutil.copytree(tiny_2b, work / "model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "DecodePool", InProcessPool)
-        patch.setattr(VideoEncoder, "encode", encode_nothing)
+        use_stand_ins(patch)
         for name, flags in {"plain": [], "tiled": ["--enable_tiling"]}.items():
             opened = preprocess(work / name, work / "model", work / "clips" / "m.jsonl", *flags, size=SIZE)
             assert opened.encoded == EVERYTHING
@@ -49,8 +47,7 @@ def work(made, monkeypatch):
     work, pristine = made
     shutil.rmtree(work)
     shutil.copytree(pristine, work)
-    monkeypatch.setattr(pipeline, "DecodePool", InProcessPool)
-    monkeypatch.setattr(VideoEncoder, "encode", encode_nothing)
+    use_stand_ins(monkeypatch)
     monkeypatch.setattr(InProcessPool, "probed", [])
     return work
 

@@ -14,9 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from preprocess import pipeline
 from preprocess.config import PreprocessConfig
-from preprocess.encode import VideoEncoder
 from preprocess.frames import split_segment
 from preprocess.manifest import Record
 from preprocess.plan import Rejected, plan_samples
@@ -25,7 +23,7 @@ from preprocess.sources import Source
 from shared.errors import UserError
 from shared.models import open_checkpoint
 from tests.conftest import write_video
-from tests.decoding import InProcessPool, encode_nothing
+from tests.decoding import use_stand_ins
 from tests.test_preprocess import preprocess
 
 SIZE = ["--height", "32", "--width", "48", "--max_num_frames", "9"]
@@ -89,8 +87,7 @@ def numbered_frames(count, height=48, width=72):
 
 @pytest.fixture
 def video(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "DecodePool", InProcessPool)
-    monkeypatch.setattr(VideoEncoder, "encode", encode_nothing)
+    use_stand_ins(monkeypatch)
     (tmp_path / "clips").mkdir()
     return write_video(tmp_path / "clips" / "long.mp4", numbered_frames(LENGTH), FPS)
 

@@ -27,7 +27,9 @@ def storage(request, tmp_path) -> Storage:
     """An empty root: a local folder, and one that is reached through fsspec."""
     if request.param == "local":
         return Storage(str(tmp_path / "root"))
-    fsspec.filesystem("memory").store.clear()
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    memory.pseudo_dirs[:] = [""]
     return Storage("memory://bucket/prefix/")
 
 
@@ -140,7 +142,7 @@ def test_an_unknown_protocol_is_one_line():
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    def without_package(url):
+    def without_package(url, **options):
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", without_package)

