@@ -95,7 +95,10 @@ def main() -> bool:
         for size in BATCHES:
             encoder.encode(np.stack(full[:size]))
             batches = [np.stack(full[start : start + size]) for start in range(0, len(full), size)]
-            encode[size] = timed(lambda batches=batches: [encoder.encode(batch) for batch in batches]) / len(full)
+            started = time.perf_counter()
+            for batch in batches:
+                encoder.encode(batch)
+            encode[size] = (time.perf_counter() - started) / len(full)
         best = min(encode, key=lambda size: encode[size])
 
         whole_config = PreprocessConfig(**{**vars(config), "cache": str(folder / "cold"), "vae_batch_size": best})

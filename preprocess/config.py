@@ -10,6 +10,8 @@ from shared.errors import ConfigError
 from shared.geometry import Bucket, largest_frame_count
 from shared.models import Facts
 
+MAX_SHARD_SIZE = 100_000  # clips of a part: its index is read whole
+
 
 @dataclass(frozen=True)
 class PreprocessConfig:
@@ -117,6 +119,8 @@ class PreprocessConfig:
         for name in ("vae_batch_size", "text_batch_size", "shard_size", "min_num_frames", "image_variants"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)}; must be at least 1")
+        if self.shard_size > MAX_SHARD_SIZE:
+            raise ConfigError(f"--shard_size {self.shard_size}; must be at most {MAX_SHARD_SIZE}")
         for name in ("skip_frames_start", "skip_frames_end", "dataloader_num_workers"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name} {getattr(self, name)}; must not be negative")

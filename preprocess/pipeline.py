@@ -53,12 +53,11 @@ def preprocess(config: PreprocessConfig) -> tuple[Report, list[Rejected], str]:
         records = _read_records(config)
     checkpoint = _open_checkpoint(config)
     cache = Cache(config.cache)
-    with report.phase("cache"):
-        stores = _open_stores(cache, checkpoint, config)
-        report.tiling = stores.tiling
-        sources = Sources(cache)
     decoders = config.dataloader_num_workers or min(max((os.cpu_count() or 2) - 1, 1), 8)
     with _full_disk_in_one_line(cache), cache.writer() as writer, DecodePool(decoders, config.decode_timeout) as pool:
+        with report.phase("cache"):  # as a writer: nothing that is found in it now is collected before it is used
+            stores, sources = _open_stores(cache, checkpoint, config), Sources(cache)
+            report.tiling = stores.tiling
         try:
             with report.phase("sources"):
                 videos = sources.learn(records, pool, writer, retry=config.retry_rejected)

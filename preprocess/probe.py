@@ -102,6 +102,7 @@ def probe(path: str) -> Probe:
 
 
 def open_video(path: str) -> InputContainer:
+    """An open video file; a URL or a playlist of URLs is never followed."""
     import av
 
     # an absolute path is never taken for a protocol, and a playlist named .mp4 does not reach the network

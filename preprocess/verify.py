@@ -217,7 +217,7 @@ class Verification:
 
     def sources(self) -> None:
         """Look whether stage 1 can read what it remembers of videos, which it can do without."""
-        if self._quick or not self._storage.is_local:
+        if self._quick:
             return
         from preprocess.sources import FILE, Sources  # late: it knows the decoders
 

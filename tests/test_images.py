@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from preprocess.decode import DecodePool
+from preprocess.gc import main as gc
 from preprocess.images import draw_sigma, noise_generator, noised_images
+from preprocess.verify import main as verify
 from shared.cache import image_key
 from shared.errors import ConfigError, UserError
 from shared.seeds import seed_for
@@ -131,6 +133,14 @@ def test_the_key_is_of_the_bytes_the_first_frame_and_its_place(opened):
     assert len({key, *others}) == 5
     keys = {kind: [row["image_key"] for row in whole.rows] for kind, whole in opened.items()}
     assert keys["5b-i2v"] == keys["1.5-5b-i2v"]
+
+
+def test_a_cache_with_images_is_clean_and_has_no_garbage(opened, capsys):
+    url = opened["5b-i2v"].dataset.cache.url
+    assert verify([url]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "clean"
+    assert gc([url, "--older_than", "0"]) == 0
+    assert "nothing to remove" in capsys.readouterr().out
 
 
 def test_facts_stand_beside_each_image(opened):

@@ -152,7 +152,7 @@ def refused_when(is_refused):
 def test_a_disk_that_fills_up_at_any_point_loses_nothing(quick, tiny_2b, two_clips, tmp_path, once):
     def run(cache):
         size: dict[str, Any] = {"height": 32, "width": 48, "max_num_frames": 9, "shard_size": 2}
-        source = {"pretrained_model_name_or_path": str(tiny_2b), "dataset_name": str(two_clips)}
+        source: dict[str, Any] = {"pretrained_model_name_or_path": str(tiny_2b), "dataset_name": str(two_clips)}
         _, rejected, digest = pipeline.preprocess(PreprocessConfig(cache=str(cache), **source, **size))
         assert not rejected
         return digest
@@ -334,23 +334,25 @@ def test_a_signal_ends_a_run_in_order(tiny_2b, clips, tmp_path, number, status, 
     assert (cache / "sources.parquet").exists() or not indexes(cache), "what was learnt is kept"
 
 
+def sizes_of(cache: Path) -> dict[str, int]:
+    sizes = {}
+    for folder, _, names in os.walk(cache):
+        for name in names:
+            with suppress(FileNotFoundError):
+                sizes[f"{folder}/{name}"] = os.stat(f"{folder}/{name}").st_size
+    return sizes
+
+
 def events_of(cache: Path):
-    """A function that tells how often the files of a cache have changed since it was called first."""
-    seen: dict[str, int] = {}
+    """A function that tells how often the files of a cache have changed since now."""
+    seen = sizes_of(cache)
     count = 0
 
     def events() -> int:
-        nonlocal count
-        now = {}
-        for folder, _, names in os.walk(cache):
-            for name in names:
-                try:
-                    now[f"{folder}/{name}"] = os.stat(f"{folder}/{name}").st_size
-                except FileNotFoundError:
-                    count += 1
-        count += sum(now.get(path) != seen.get(path) for path in now.keys() | seen.keys()) if seen else 0
-        seen.clear()
-        seen.update(now or {"": 0})
+        nonlocal seen, count
+        now = sizes_of(cache)
+        count += sum(now.get(path) != seen.get(path) for path in now.keys() | seen.keys())
+        seen = now
         return count
 
     return events
