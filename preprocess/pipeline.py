@@ -76,10 +76,10 @@ def preprocess(config: PreprocessConfig) -> tuple[Report, list[Rejected], str]:
         samples, rejected = _outcome(planned, refused)
         report.rejected.update(clip.reason for clip in rejected)
         report.buckets.update(str(sample.bucket) for sample in samples)
-        report.reused["latents"] = len({key for sample in samples for key, _ in sample.versions()})
-        report.reused["latents"] -= report.encoded["latents"]
+        latents = len({key for sample in samples for key, _ in sample.versions()})
+        report.reused["latents"] = max(latents - report.encoded["latents"], 0)  # a rejected clip's may be encoded
         images = len({sample.image_key for sample in samples if sample.image_key})
-        report.reused["images"] = max(images - report.encoded["images"], 0)  # a rejected clip's may be encoded
+        report.reused["images"] = max(images - report.encoded["images"], 0)
         if not samples or (rejected and config.strict):
             raise UserError(_refusal(samples, rejected))
         with report.phase("publish"):

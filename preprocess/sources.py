@@ -27,7 +27,7 @@ from preprocess.probe import Probe
 from preprocess.video import PIXELS_VERSION
 from shared.cache import Cache
 from shared.errors import CacheError, ManifestError, VideoError
-from shared.storage import FileLock, Storage
+from shared.storage import FileLock, Storage, canonical_json
 
 FILE = "sources.parquet"
 SAVE_SECONDS = 300  # a run that is killed has this much to learn again, at most
@@ -156,10 +156,11 @@ class Sources:
         with self._alone():
             merged = {**_read(self._storage), **self._changed}
             rows = [_row(source) for source in merged.values()]
+            table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({b"rows_sha256": _rows_digest(rows)}))
             finished = writer / FILE
             with finished.open("wb") as file:
                 pq.write_table(
-                    pa.Table.from_pylist(rows, SCHEMA),
+                    table,
                     file,
                     compression="zstd",
                     use_dictionary=False,
@@ -208,11 +209,21 @@ def _read(storage: Storage) -> dict[str, Source]:
         raise CacheError(f"{path}: cannot be read ({error}); remove it, what it remembers is learnt again") from error
     if not table.schema.equals(SCHEMA):
         raise CacheError(f"{path}: other columns than this version writes; remove it, it is learnt again")
-    rows = (row for row in table.to_pylist() if row["pixels_version"] == PIXELS_VERSION)
+    rows = table.to_pylist()
+    told = (table.schema.metadata or {}).get(b"rows_sha256")
+    if told != _rows_digest(rows):  # page checksums leave out the pages' headers
+        raise CacheError(f"{path}: differs from its own digest; remove it, it is learnt again")
     try:
-        return {row["source"]: _source(row) for row in rows}
+        return {row["source"]: _source(row) for row in rows if row["pixels_version"] == PIXELS_VERSION}
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise CacheError(f"{path}: a row cannot be read ({error!r}); remove it, it is learnt again") from error
+
+
+def _rows_digest(rows: list[dict[str, Any]]) -> bytes:
+    hasher = hashlib.sha256()
+    for row in rows:
+        hasher.update(canonical_json(row))
+    return hasher.hexdigest().encode()
 
 
 def _source(row: dict[str, Any]) -> Source:

@@ -187,12 +187,12 @@ class Cache:
         with FileLock(writers / IN_USE, shared=True):
             for dead in dead_writers(writers):
                 shutil.rmtree(dead, ignore_errors=True)
-            hidden = Path(tempfile.mkdtemp(prefix=".", dir=writers))
-            lock = FileLock(hidden / "lock")
-            lock.acquire()
-            name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-            folder = hidden.rename(writers / name)  # locked before it has a name: no one can take it for dead
+            folder = Path(tempfile.mkdtemp(prefix=".", dir=writers))
+            lock = FileLock(folder / "lock")
             try:
+                lock.acquire()
+                name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+                folder = folder.rename(writers / name)  # locked before it has a name: no one can take it for dead
                 yield folder
             finally:
                 shutil.rmtree(folder, ignore_errors=True)

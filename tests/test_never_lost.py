@@ -101,15 +101,12 @@ class FullDisk:
 
     def __init__(self, patch: pytest.MonkeyPatch, fatal: int, *, once: bool = False) -> None:
         self.calls, self.fatal, self.once = 0, fatal, once
-        self._rename = os.rename
         for owner, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (os, "mkdir"), (Storage, "publish")):
             patch.setattr(owner, name, self._failing(getattr(owner, name)))
 
     def _failing(self, call):
         @functools.wraps(call)
         def failing(*arguments, **options):
-            if call is self._rename and Path(arguments[0]).parent.name == "writers":
-                return call(*arguments, **options)  # a writer's folder gets its name
             self.calls += 1
             if self.calls == self.fatal or (self.calls > self.fatal and not self.once):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))

