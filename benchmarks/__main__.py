@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import stages, step
+from benchmarks import index, learning, memory, preprocess, reader, sampler, stages, step
+
+BENCHMARKS = (step, memory, sampler, index, reader, preprocess, stages, learning)
 
 if __name__ == "__main__":
-    within = [benchmark.main() for benchmark in (step, stages)]
+    within = [benchmark.main() for benchmark in BENCHMARKS]
     sys.exit(0 if all(within) else 1)

@@ -7,162 +7,207 @@ Shapes: F frames, H and W height and width in pixels, L tokens, D features.
 
 from __future__ import annotations
 
-import gc
 import hashlib
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy as np
 import torch
 
+from infer.adapters import Adapters
+from infer.embeddings import encode_prompts, read_embeddings
+from infer.image import fit_image, open_image
+from infer.memory import install
+from infer.pipelines import ImageToVideo, Pipeline, TextToVideo
 from infer.recipe import Recipe
 from infer.request import Request, warn
+from infer.split import take_own_gpu
 from infer.video import write_mp4
-from shared.errors import LoraError, ModelError
-from shared.models import Checkpoint, choose_device, load_text_encoder, load_transformer, load_vae
-from shared.storage import write_atomically
+from shared.errors import ModelError
+from shared.models import Checkpoint, choose_device, load_transformer, load_vae
+from shared.storage import canonical_json, write_atomically
 
-ADAPTER = "lora"  # the LoRA's name inside the pipeline
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 MOST_DENOMINATOR = 1001  # of a frame rate: 29.97 stands for 30000/1001
 
 
 @dataclass(frozen=True)
 class Video:
-    """A video that was made, and how long it took."""
+    """A video of a request, and how long it took.
+
+    Attributes:
+        made: now; False: it was there already, complete and of the same recipe.
+        matches: whether its frames are those of `--recipe`, where there is one.
+    """
 
     path: Path
     prompt: str
     seconds: float
+    made: bool = True
+    matches: bool | None = None
 
 
 def generate(request: Request) -> Iterator[Video]:
-    """Make a video for each recipe, and the recipe beside it; each is yielded when both are on the disk."""
-    checkpoint, lora, recipes = request.checkpoint, request.lora, request.recipes
-    first = recipes[0]  # what is not the prompt's is the same in all
+    """Make a video for each recipe that has none, and the recipe beside it; it is yielded when both are on the disk."""
+    again = request.frames_sha256 is not None  # to make a video again is to make it, wherever it is
+    missing = [recipe for recipe in request.recipes if again or not recipe.is_made(request.folder)]
+    names = {recipe.name for recipe in missing}
+    for recipe in request.recipes:
+        if recipe.name not in names:
+            yield Video(request.folder / f"{recipe.name}.mp4", recipe.prompt, 0.0, made=False)
+    if missing:
+        yield from make_videos(request, missing)
+    for comparison in request.comparisons:
+        start, made = time.monotonic(), not comparison.is_made(request.folder)
+        if made:
+            comparison.make(request.folder, frame_rate(comparison.recipes[0]))
+        path, prompt = request.folder / f"{comparison.name}.mp4", comparison.recipes[0].prompt
+        yield Video(path, prompt, time.monotonic() - start, made)
+
+
+def make_videos(request: Request, recipes: list[Recipe]) -> Iterator[Video]:
+    """Make videos: T5 once for all prompts, then everything else once for all videos."""
+    device = choose_device()
+    if device == "cuda":
+        take_own_gpu()
+    first = recipes[0]  # what no row may say is the same in all
     texts = [first.negative_prompt, *(recipe.effective_prompt for recipe in recipes)]
-    embeds = encode_prompts(checkpoint, texts, first.text_dtype, first.cache_dtype)
-    pipeline = load_pipeline(checkpoint, first.scheduler, first.dtype)
-    if lora:
-        apply_lora(pipeline, lora.path, first.lora_scale)
-
-    for recipe in recipes:
+    if request.cache is None:
+        embeds = encode_prompts(request.checkpoint, texts, first.text_dtype, first.cache_dtype, request.levers)
+    else:
+        embeds = read_embeddings(request.cache, request.dataset, texts, first)
+    pipeline = load_pipeline(
+        request.checkpoint,
+        first.scheduler,
+        first.dtype,
+        image_factor=first.image_factor,
+        drop_learned_positions=first.drop_learned_positions,
+    )
+    adapters = Adapters(pipeline, request.loras)
+    install(pipeline, request.levers, device)
+    for batch in batches(recipes, request.batch_size):
         start = time.monotonic()
-        frames = make_frames(pipeline, recipe, embeds)
-        path = request.folder / f"{recipe.name}.mp4"
-        path.with_suffix(".json").unlink(missing_ok=True)  # where a recipe stands, its video stands too
-        write_mp4(path, frames, Fraction(recipe.fps).limit_denominator(MOST_DENOMINATOR))
-        digest = hashlib.sha256(frames.tobytes()).hexdigest()
-        write_atomically(path.with_suffix(".json"), recipe.to_json(digest))
-        yield Video(path, recipe.prompt, time.monotonic() - start)
+        adapters.scale(batch[0].lora_scale)
+        for recipe, frames, size in make_batch(pipeline, batch, embeds):
+            path = request.folder / f"{recipe.name}.mp4"
+            path.with_suffix(".json").unlink(missing_ok=True)  # where a recipe stands, its video stands too
+            write_mp4(path, frames, frame_rate(recipe))
+            digest = hashlib.sha256(frames.tobytes()).hexdigest()
+            write_atomically(path.with_suffix(".json"), recipe.to_json(digest, size))
+            seconds, start = time.monotonic() - start, time.monotonic()
+            matches = None if request.frames_sha256 is None else digest == request.frames_sha256
+            yield Video(path, recipe.prompt, seconds, matches=matches)
 
 
-@torch.no_grad()
-def encode_prompts(checkpoint: Checkpoint, prompts: list[str], dtype: str, cache_dtype: str) -> dict[str, torch.Tensor]:
-    """T5's embedding of each prompt, as the pipeline makes it: padded to the full length, no attention mask.
+def frame_rate(recipe: Recipe) -> Fraction:
+    """Frames per second, exact."""
+    return Fraction(recipe.fps).limit_denominator(MOST_DENOMINATOR)
+
+
+def batches(recipes: list[Recipe], size: int) -> Iterator[list[Recipe]]:
+    """The recipes in lists of `size` at most, which differ in prompt, seed and image only, by the first of each."""
+    groups: dict[bytes, list[Recipe]] = {}
+    for recipe in recipes:
+        own = {"prompt": None, "effective_prompt": None, "seed": None, "image": None}
+        groups.setdefault(canonical_json({**recipe.identity(), **own}), []).append(recipe)
+    cut = [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
+    place = {recipe.name: number for number, recipe in enumerate(recipes)}
+    yield from sorted(cut, key=lambda batch: place[batch[0].name])
+
+
+def make_batch(
+    pipeline: Pipeline, recipes: list[Recipe], embeds: dict[str, torch.Tensor]
+) -> Iterator[tuple[Recipe, np.ndarray, int]]:
+    """Each recipe's frames, and how many were made at once; halves what does not fit into the device's memory."""
+    try:
+        frames = make_frames(pipeline, recipes, embeds)
+    except torch.OutOfMemoryError:
+        if len(recipes) == 1:
+            raise
+        frames = None
+    if frames is not None:
+        yield from zip(recipes, frames, [len(recipes)] * len(recipes), strict=True)
+        return
+    warn(f"{len(recipes)} videos at once do not fit into the device's memory: they are made in halves")
+    half = len(recipes) // 2
+    for part in (recipes[:half], recipes[half:]):
+        yield from make_batch(pipeline, part, embeds)
+
+
+def load_pipeline(
+    checkpoint: Checkpoint,
+    scheduler: dict[str, Any],
+    dtype: str,
+    *,
+    image_factor: str | None = None,
+    drop_learned_positions: bool = False,
+) -> Pipeline:
+    """The pipeline without T5, in `dtype`, with the scheduler of a recipe: the one for the kind of checkpoint.
 
     Args:
-        dtype: that T5 runs in.
-        cache_dtype: that the embeddings are rounded to, as those that the LoRA was trained on were.
-
-    Returns:
-        [1, L, D] in `cache_dtype`, on the CPU. T5 is freed.
-
-    Raises:
-        ModelError: an embedding is not finite, as T5's are in float16 now and then.
+        image_factor: a choice of `Facts.image_factor`; None: as `pipeline`.
+        drop_learned_positions: as the LoRA was trained.
     """
-    tokenizer, encoder = load_text_encoder(checkpoint, getattr(torch, dtype))
-    device = choose_device()
-    encoder.to(device)
-    length = checkpoint.facts.max_text_seq_length
-    embeds: dict[str, torch.Tensor] = {}
-    for prompt in prompts:  # one at a time: a prompt's video does not depend, in its last bits, on the others
-        tokens = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        if (count := len(tokenizer(prompt).input_ids)) > length:
-            warn(f"of the prompt's {count} tokens {length} are read: {prompt:.60}...")
-        embeds[prompt] = encoder(tokens.input_ids.to(device))[0].cpu().to(getattr(torch, cache_dtype))
-        if not embeds[prompt].isfinite().all():
-            raise ModelError(f"T5's embedding of {prompt!r:.80} is not finite; give --dtype bfloat16 or float32")
-    del encoder
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    return embeds
-
-
-class TextToVideo(diffusers.CogVideoXPipeline):
-    """diffusers' pipeline, with as many frames as were asked for."""
-
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Frames [B, 3, 4 T - 3, H, W] of latents [B, T, C, h, w].
-
-        The VAE lets the first latent stand for one frame only where T is odd; of an even T it makes 4 T frames, on
-        another temporal grid than the one it encodes to. So an even T is decoded with its last latent twice, and the
-        frames beyond the end are dropped.
-        """
-        frames = 1 + (latents.shape[1] - 1) * self.vae_scale_factor_temporal
-        if latents.shape[1] % 2 == 0:
-            latents = torch.cat([latents, latents[:, -1:]], dim=1)
-        return super().decode_latents(latents)[:, :, :frames]
-
-
-def load_pipeline(checkpoint: Checkpoint, scheduler: dict[str, Any], dtype: str) -> TextToVideo:
-    """The pipeline without T5, in `dtype`, with the scheduler of a recipe."""
-    pipeline = TextToVideo(
+    facts = checkpoint.facts
+    pipeline = (ImageToVideo if facts.image_to_video else TextToVideo)(
         tokenizer=None,
         text_encoder=None,
         vae=load_vae(checkpoint, getattr(torch, dtype)),
-        transformer=load_transformer(checkpoint, getattr(torch, dtype)),
+        transformer=load_transformer(checkpoint, getattr(torch, dtype), drop_learned_positions=drop_learned_positions),
         scheduler=getattr(diffusers, scheduler["_class_name"]).from_config(scheduler),
     )
-    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
-    if choose_device() == "cuda":  # not run by the tests, which have no GPU
-        # Tiles blend at their seams, which changes the frames; decoding a native clip whole takes tens of gigabytes.
-        # On the CPU it is decoded whole and exact. Slicing would do nothing: it cuts batches, and ours is one video.
-        pipeline.vae.enable_tiling()
-        pipeline.enable_model_cpu_offload()
+    if isinstance(pipeline, ImageToVideo) and image_factor is not None:
+        pipeline.image_gain = facts.image_factor(image_factor) / facts.image_factor("pipeline")
     return pipeline
 
 
-def apply_lora(pipeline: TextToVideo, path: Path, scale: float) -> None:
-    """Load a LoRA at `scale` times its trained strength: alpha / rank is applied by the file's own metadata.
+def make_frames(pipeline: Pipeline, recipes: list[Recipe], embeds: dict[str, torch.Tensor]) -> list[np.ndarray]:
+    """The frames of videos that are made at once, each uint8 [F, H, W, 3] in RGB.
 
-    Raises:
-        LoraError: none of its matrices is for the transformer.
-    """
-    pipeline.load_lora_weights(str(path), adapter_name=ADAPTER, use_safetensors=True)
-    if ADAPTER not in pipeline.get_list_adapters().get("transformer", []):
-        raise LoraError(f"{path}: none of its matrices is for the transformer; give a LoRA of CogVideoX")
-    pipeline.set_adapters(ADAPTER, scale)
-
-
-def make_frames(pipeline: TextToVideo, recipe: Recipe, embeds: dict[str, torch.Tensor]) -> np.ndarray:
-    """The frames of a video, uint8 [F, H, W, 3] in RGB.
+    The noise of each comes from a generator of its own, so that it is the same in any batch.
 
     Args:
-        embeds: of the recipe's effective and negative prompt [1, L, D].
+        recipes: that differ in prompt, seed and image only.
+        embeds: of the recipes' effective and negative prompts [1, L, D].
 
     Raises:
         ModelError: the frames are not finite.
     """
-    dtype = pipeline.transformer.dtype
-    video = pipeline(
-        prompt_embeds=embeds[recipe.effective_prompt].to(dtype),
-        negative_prompt_embeds=embeds[recipe.negative_prompt].to(dtype),
-        height=recipe.height,
-        width=recipe.width,
-        num_frames=recipe.frames,
-        num_inference_steps=recipe.num_inference_steps,
-        guidance_scale=recipe.guidance_scale,
-        use_dynamic_cfg=recipe.use_dynamic_cfg,
-        generator=torch.Generator("cpu").manual_seed(recipe.seed),  # the same noise on every device
+    dtype, device = pipeline.transformer.dtype, pipeline._execution_device  # not where its weights wait
+    first = recipes[0]
+    given: dict[str, Any] = {}
+    if first.image is not None:
+        given["image"] = [_picture(recipe) for recipe in recipes]
+    generators = [torch.Generator("cpu").manual_seed(recipe.seed) for recipe in recipes]  # the same on every device
+    prompts = torch.cat([embeds[recipe.effective_prompt] for recipe in recipes])
+    negative = torch.cat([embeds[recipe.negative_prompt] for recipe in recipes])
+    videos = pipeline(
+        prompt_embeds=prompts.to(device, dtype),
+        negative_prompt_embeds=negative.to(device, dtype),
+        height=first.height,
+        width=first.width,
+        num_frames=first.frames,
+        num_inference_steps=first.num_inference_steps,
+        guidance_scale=first.guidance_scale,
+        use_dynamic_cfg=first.use_dynamic_cfg,
+        generator=generators if len(generators) > 1 else generators[0],
         output_type="np",
-    ).frames[0]
-    if not np.isfinite(video).all():
-        raise ModelError(f"{recipe.name}: its frames are not finite; give --dtype bfloat16 or float32")
-    return (video * 255).round().astype(np.uint8)
+        **given,
+    ).frames
+    for recipe, video in zip(recipes, videos, strict=True):
+        if not np.isfinite(video).all():
+            raise ModelError(f"{recipe.name}: its frames are not finite; give --dtype bfloat16 or float32")
+    return [(video * 255).round().astype(np.uint8) for video in videos]
+
+
+def _picture(recipe: Recipe) -> Image:
+    """What a recipe's video starts from, at its size."""
+    assert recipe.image is not None
+    return fit_image(open_image(Path(recipe.image["path"])), recipe.height, recipe.width)

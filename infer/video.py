@@ -52,3 +52,23 @@ def write_mp4(path: Path, frames: np.ndarray, fps: Fraction) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
+
+
+def read_mp4(path: Path) -> np.ndarray:
+    """The frames of a video that `write_mp4` wrote, uint8 [F, H, W, 3] in RGB."""
+    import av
+    from av.video.reformatter import ColorRange, Colorspace, Interpolation
+
+    with av.open(path) as file:
+        return np.stack(
+            [
+                frame.reformat(
+                    format="rgb24",
+                    src_colorspace=Colorspace.ITU709,
+                    src_color_range=ColorRange.MPEG,
+                    dst_color_range=ColorRange.JPEG,
+                    interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP,
+                ).to_ndarray()
+                for frame in file.decode(video=0)
+            ]
+        )

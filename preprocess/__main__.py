@@ -7,23 +7,41 @@ import sys
 
 from preprocess.config import PreprocessConfig
 from shared.config import parse_config
+from shared.console import say, show, warn
 from shared.errors import run_command
 
 
 def main(argv: list[str]) -> int:
     """Run stage 1 and print what it did."""
     config = parse_config(PreprocessConfig, argv, "python -m preprocess")
-    from preprocess.pipeline import check_tiling, preprocess  # late: --help and a typo are answered at once
-
     if config.check_tiling:
+        from preprocess.seams import check_tiling  # late: --help and a typo are answered at once
+
         for line in check_tiling(config):
-            print(line)
+            show(line)
         return 0
-    report, rejected, digest = preprocess(config)
-    for clip in rejected:
-        print(f"rejected: {clip.record.origin} {clip.record.source}: {clip.reason} ({clip.detail})", file=sys.stderr)
-    print("\n".join(report.lines()))
-    print(f"data set  {config.cache}/datasets/{config.dataset}, version {digest[:12]}")
+    if config.plan:
+        from preprocess.forecast import forecast  # late, as above
+
+        for line in forecast(config):
+            show(line)
+        return 0
+    from preprocess.pipeline import preprocess  # late, as above
+
+    outcome = preprocess(config)
+    for clip in outcome.rejected:
+        warn(
+            f"{clip.record.origin} {clip.record.source}: {clip.reason} ({clip.detail})", "rejected", reason=clip.reason
+        )
+    if outcome.rejected_count > len(outcome.rejected):
+        warn(f"{outcome.rejected_count - len(outcome.rejected)} more", "rejected")
+    outcome.report.tell()
+    if outcome.digest:
+        told = f"{config.cache}/datasets/{config.dataset}, version {outcome.digest[:12]}"
+        say("data set", told, digest=outcome.digest)
+    else:
+        waiting = ", ".join(map(str, outcome.waiting_for))
+        say("share", f"{config.worker_index} of {config.num_workers} is handed over; not there yet: {waiting}")
     return 0
 
 

@@ -14,7 +14,6 @@ Shapes: F frames, H and W height and width in pixels.
 
 from __future__ import annotations
 
-import ctypes
 import io
 import json
 import os
@@ -25,8 +24,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import LifoQueue
@@ -34,16 +34,19 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from preprocess import files
+from preprocess.copies import GivenUpError
 from preprocess.frames import Placement
 from preprocess.probe import Probe, probe
 from preprocess.video import read_frames
 from shared.errors import VideoError
+from shared.processes import die_with_parent, ignore_stop_signals
 
 STARTUP_S = 300.0  # for a child's imports: torch takes seconds, from a cold network disk minutes
 PIPE_BYTES = 1 << 20  # Linux's own 64 KiB make the two processes take turns 16 times as often
+FETCHES = 4  # videos behind URLs that are fetched while all children are at work
 PREVIEW_FRAMES = 4
 PREVIEW_HEIGHT = 96  # pixels, at most
-PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,9 @@ class Clip:
 class DecodePool:
     """Children that probe and read videos: each is started when first needed, and replaced when it fails.
 
-    A future fails with the VideoError that its child met, or with `timed_out` or `decoder_crashed`. Leaving the
-    context kills the children and cancels what is not done.
+    A future fails with the VideoError that its child met, or with `timed_out` or `decoder_crashed`. A video behind a
+    URL is fetched first, beside its time limit; a future that cannot have it fails with a FetchError. Leaving the
+    context kills the children, cancels what is not done and removes the copies.
 
     Args:
         workers: children at most.
@@ -74,7 +78,7 @@ class DecodePool:
     def __init__(self, workers: int, timeout: float, command: list[str] | None = None) -> None:
         self._timeout = timeout
         self._command = command
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self._threads = ThreadPoolExecutor(workers + FETCHES, thread_name_prefix="decode")
         self._idle: LifoQueue[_Child | None] = LifoQueue()  # warm children first; None is one yet to be started
         for _ in range(workers):
             self._idle.put(None)
@@ -94,36 +98,44 @@ class DecodePool:
             self._is_closed = True
             for child in self._children:
                 child.kill()
+        files.forget_copies()  # so that nobody waits for a slow network
         self._threads.shutdown(cancel_futures=True)
+        files.forget_copies()
         for child in self._children:
             child.end()
 
     def probe(self, path: str) -> Future[Probe]:
         """What is learnt of a video by reading its packets."""
-        return self._threads.submit(self._probe, str(Path(path).absolute()))
+        return self._threads.submit(self._probe, path)
 
     def read(
         self, path: str, probe: Probe, indices: Sequence[int], placement: Placement, preview: bool
     ) -> Future[Clip]:
         """The visible frames `indices` of a video, placed, and their preview where it is asked for."""
-        return self._threads.submit(self._read, str(Path(path).absolute()), probe, indices, placement, preview)
+        return self._threads.submit(self._read, path, probe, indices, placement, preview)
 
     def _probe(self, path: str) -> Probe:
-        answer, _ = self._ask({"task": "probe", "path": path})
+        with self._local(path) as file:
+            answer, _ = self._ask({"task": "probe", "path": file})
         return Probe.from_dict(answer["probe"])
 
     def _read(self, path: str, probe: Probe, indices: Sequence[int], placement: Placement, preview: bool) -> Clip:
-        request = {
-            "task": "read",
-            "path": path,
-            "probe": probe.to_dict(),
-            "indices": list(indices),
-            "placement": asdict(placement),
-            "preview": preview,
-        }
+        facts = {"probe": probe.to_dict(), "placement": asdict(placement)}
+        request = {"task": "read", "indices": list(indices), "preview": preview, **facts}
         frames = np.empty((len(indices), placement.height, placement.width, 3), np.uint8)
-        _, jpeg = self._ask(request, frames)
+        with self._local(path) as file:
+            _, jpeg = self._ask({**request, "path": file}, frames)
         return Clip(frames, jpeg or None)
+
+    @contextmanager
+    def _local(self, path: str) -> Iterator[str]:
+        if self._is_closed:  # it would be fetched for nothing
+            raise CancelledError
+        try:
+            with files.local(path) as file:
+                yield file
+        except GivenUpError:
+            raise CancelledError from None
 
     def _ask(self, request: dict[str, Any], frames: np.ndarray | None = None) -> tuple[dict[str, Any], bytes]:
         """A child's answer and what follows it; frames are written to `frames`."""
@@ -319,16 +331,9 @@ def make_preview(frames: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _die_with_parent() -> None:
-    """Leave when the parent is gone, and only then: a signal to the whole group is the parent's to answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":  # counts from the thread that started this child: the pool's, which lives as long
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 if __name__ == "__main__":
-    _die_with_parent()
+    ignore_stop_signals()
+    die_with_parent()  # the parent's thread, that is: the pool's, which lives as long
     with os.fdopen(os.dup(0), "rb") as requests, os.fdopen(os.dup(1), "wb") as answers:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(2, 1)  # what a native library prints goes to stderr, not into an answer

@@ -54,6 +54,30 @@ class TextEncoder:
         return array
 
 
+class Pending:
+    """Values that are on their way from the device; on a CPU they are there.
+
+    Args:
+        values: float32, on the device.
+        dtype: of the array that comes out.
+    """
+
+    def __init__(self, values: torch.Tensor, dtype: np.dtype) -> None:
+        self._dtype, self._copied = dtype, None
+        self._values = values
+        if values.device.type == "cuda":  # not run where this was written: no GPU
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def array(self) -> np.ndarray:
+        """The values, once they have come; from whatever thread."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values.numpy().astype(self._dtype)
+
+
 class VideoEncoder:
     """The VAE's encoder, untiled or in tiles.
 
@@ -82,19 +106,31 @@ class VideoEncoder:
                 tiling["height"], tiling["width"], tiling["overlap_height"], tiling["overlap_width"]
             )
 
-    @torch.no_grad()
     def encode(self, frames: np.ndarray) -> np.ndarray:
         """Mean and log-variance [B, 2C, T, H, W] of uint8 RGB frames [B, F, H, W, 3], neither drawn from nor scaled."""
-        pixels = torch.from_numpy(frames).to(self._device).permute(0, 4, 1, 2, 3)
-        return self._moments(pixels.float() / 127.5 - 1)
+        return self.encode_later(frames).array()
+
+    @torch.no_grad()
+    def encode_later(self, frames: np.ndarray) -> Pending:
+        """As `encode`, without waiting for a GPU."""
+        host = torch.from_numpy(frames)
+        if self._device == "cuda":
+            host = host.pin_memory()
+        return Pending(moments_of(self._vae, host.to(self._device, non_blocking=True)), self._cache_dtype)
 
     @torch.no_grad()
     def encode_images(self, pixels: torch.Tensor) -> np.ndarray:
         """Mean and log-variance [B, 2C, 1, H, W] of float32 pixels [B, 3, 1, H, W], neither drawn from nor scaled."""
         batches = pixels.chunk(-(-len(pixels) // IMAGE_BATCH))
-        return np.concatenate([self._moments(batch.to(self._device)) for batch in batches])
+        moments = (_moments(self._vae, batch.to(self._device)) for batch in batches)
+        return np.concatenate([Pending(values, self._cache_dtype).array() for values in moments])
 
-    def _moments(self, pixels: torch.Tensor) -> np.ndarray:
-        posterior = self._vae.encode(pixels.to(self._dtype)).latent_dist
-        moments = torch.cat([posterior.mean, posterior.logvar], dim=1)
-        return moments.float().cpu().numpy().astype(self._cache_dtype)
+
+def moments_of(vae: Any, frames: torch.Tensor) -> torch.Tensor:
+    """Mean and log-variance [B, 2C, T, H, W] float32 of uint8 RGB frames [B, F, H, W, 3], on their device."""
+    return _moments(vae, frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
+
+
+def _moments(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+    return torch.cat([posterior.mean, posterior.logvar], dim=1).float()

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from tyro.conf import Positional
 
-from preprocess.inventory import find_version, is_digest, open_cache, say
+from preprocess.inventory import find_version, is_digest, open_cache, printable
 from shared.cache import KEY_BYTES, Store
 from shared.config import check_name, parse_config
+from shared.console import Progress, say
 from shared.dataset import MEMBER_KINDS, DataSet
 from shared.errors import CacheError, ConfigError, run_command
 from shared.shards import decode_array
@@ -146,16 +146,17 @@ def main(argv: list[str]) -> int:
     dataset = find_version(open_cache(config.cache), config.dataset, config.version)
     total = len(dataset.columns("weight"))
     paths = _check_paths(config, -(-total // config.samples_per_shard))
-    stream: Any = iter(tqdm(samples(dataset), total=total, desc="samples", unit="sample", disable=None))
+    stream: Any = iter(Progress(samples(dataset), total=total, name="samples", unit="sample"))
     try:
         for path in paths:
             write_tar(path, islice(stream, config.samples_per_shard))
     except OSError as error:
         raise ConfigError(f"--output {config.output}: {error}; mend the disk or the permissions first") from error
     size_bytes = sum(path.stat().st_size for path in paths)
-    say(f"data set  {dataset.name}, version {dataset.digest[:12]}")
-    say(f"exported  {total} samples in {len(paths)} tars, {size_bytes / 1e6:,.1f} MB: {paths[0]} to {paths[-1].name}")
-    say(f"note      {NOTE}")
+    say("data set", f"{printable(dataset.name)}, version {dataset.digest[:12]}")
+    told = f"{total} samples in {len(paths)} tars, {size_bytes / 1e6:,.1f} MB: {paths[0]} to {paths[-1].name}"
+    say("exported", printable(told), samples=total, size_bytes=size_bytes)
+    say("note", NOTE)
     return 0
 
 

@@ -55,8 +55,7 @@ def choose_frames(
         VideoError: `too_short` or `low_frame_rate`.
     """
     since = times - times[:1]
-    first = 0 if start_s is None else int(np.searchsorted(since, start_s - CLOCK_S))
-    last = len(times) if end_s is None else int(np.searchsorted(since, end_s - CLOCK_S))
+    first, last = _segment(since, start_s, end_s)
     first, last = first + skip_start, last - skip_end
     usable = since[first : max(first, last)]
     chosen = np.arange(len(usable)) if fps is None else _nearest(usable, fps, max_frames)
@@ -70,6 +69,35 @@ def choose_frames(
     if repeats > MAX_REPEATS * len(chosen):
         raise VideoError("low_frame_rate", f"at {fps:g} fps {repeats} of {len(chosen)} frames would be repeats")
     return [int(index) for index in first + chosen]
+
+
+def _segment(since: np.ndarray, start_s: float | None, end_s: float | None) -> tuple[int, int]:
+    """The first frame that is shown in a segment, and the first after it, by their times since the first frame."""
+    first = 0 if start_s is None else int(np.searchsorted(since, start_s - CLOCK_S))
+    last = len(since) if end_s is None else int(np.searchsorted(since, end_s - CLOCK_S))
+    return first, last
+
+
+def spread_frames(times: np.ndarray, count: int, start_s: float | None, end_s: float | None) -> list[int]:
+    """Indices of `count` frames spread evenly in time over a segment, for someone who is to tell what happens in it.
+
+    The frame in view at the middle of each of `count` equal spans; the same frame is not taken twice, so a segment
+    with fewer frames gives these. Arguments as `choose_frames`.
+
+    Raises:
+        VideoError: `too_short`, when no frame is shown in the segment.
+    """
+    since = times - times[:1]
+    first, last = _segment(since, start_s, end_s)
+    shown = since[first : max(first, last)]
+    if len(shown) == 0:
+        end = "the end" if end_s is None else f"{end_s:g} s"
+        raise VideoError("too_short", f"none of its {len(times)} frames is shown from {start_s or 0:g} s to {end}")
+    interval = float(np.median(np.diff(since))) if len(since) > 1 else 0.0
+    length_s = float(shown[-1] - shown[0]) + interval
+    middles = shown[0] + (np.arange(count) + 0.5) * length_s / count
+    in_view = (np.searchsorted(shown, middles + NOISE_S, side="right") - 1).clip(min=0)
+    return sorted({first + int(index) for index in in_view})
 
 
 def _nearest(times: np.ndarray, fps: float, max_frames: int) -> np.ndarray:

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
-from tqdm import tqdm
 from tyro.conf import Positional
 
-from preprocess.inventory import StoreFolder, all_references, open_cache, say, store_folders
+from preprocess.inventory import StoreFolder, all_references, open_cache, pictures, say, store_folders
 from shared.cache import Cache
 from shared.config import parse_config
+from shared.console import Progress
 from shared.errors import CacheError, ConfigError, run_command
+from shared.pictures import FOLDER, digest_in
 
 DAY_SECONDS = 86400.0
 
@@ -52,7 +53,7 @@ class Garbage:
 
 
 def find_garbage(cache: Cache, before: float) -> Iterator[Garbage]:
-    """The parts that no version of a data set refers to, and the stores that are empty without them.
+    """The parts and pictures that no version of a data set refers to, and the stores that are empty without them.
 
     Args:
         before: seconds since 1970; what was written later is kept.
@@ -61,7 +62,7 @@ def find_garbage(cache: Cache, before: float) -> Iterator[Garbage]:
         CacheError: a version cannot be read, so what it refers to is not known.
     """
     referred = all_references(cache)
-    for store in tqdm(store_folders(cache), desc="stores", unit="store", disable=None):
+    for store in Progress(store_folders(cache), name="stores", unit="store"):
         left = set(cache.storage.names(store.folder))
         for part in store.parts():
             keys = _keys(store, part)
@@ -71,6 +72,9 @@ def find_garbage(cache: Cache, before: float) -> Iterator[Garbage]:
                 yield _garbage(store, f"{store.folder}/{part}: {len(keys)} keys", files)
         if left <= {"fingerprint.json"} and store.folder not in referred and _is_old(store, sorted(left), before):
             yield _garbage(store, f"{store.folder}: an empty store", sorted(left), store.folder)
+    for path in pictures(cache.storage):
+        if digest_in(path) not in referred.get(FOLDER, ()) and cache.storage.modified(path) < before:
+            yield Garbage(path, [path], cache.storage.size(path))
 
 
 def _keys(store: StoreFolder, part: str) -> set[bytes] | None:

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-from tqdm import tqdm
 
+from preprocess.share import list_shares, open_share, share_keys
 from shared.cache import KEY_BYTES, MEMBERS, Cache
 from shared.config import check_name
+from shared.console import show
 from shared.dataset import MEMBER_KINDS, DataSet, open_dataset
 from shared.errors import CacheError
+from shared.pictures import FOLDER, digest_in, is_picture_name, is_picture_path
 from shared.shards import is_index_as_written, read_index
 from shared.storage import Storage, digest_of
 
@@ -151,18 +153,25 @@ def prompt_entries(dataset: DataSet) -> list[dict[str, Any]]:
     """
     try:
         entries = [dataset.info["empty_prompt"], *dataset.info["validation_prompts"]]
-        return [{**entry, "embedding_key": bytes.fromhex(entry["embedding_key"])} for entry in entries]
+        rows = [{**entry, "embedding_key": bytes.fromhex(entry["embedding_key"])} for entry in entries]
     except (KeyError, TypeError, ValueError) as error:
         path = dataset.cache.storage.full(f"{dataset.folder}/dataset.json")
         raise CacheError(f"{path}: names no keys of its prompts; run stage 1 again") from error
+    for row in rows:
+        if row.get("image") is not None and not is_picture_path(row["image"]):
+            path = dataset.cache.storage.full(f"{dataset.folder}/dataset.json")
+            raise CacheError(f"{path}: {row['image']!r:.80} is no picture of a cache; run stage 1 again")
+    return rows
 
 
 def references(dataset: DataSet) -> dict[str, set[bytes]]:
-    """The keys that a version refers to, by the folder of their store."""
+    """The keys that a version refers to, by the folder of their store; of pictures their digests."""
     found: dict[str, set[bytes]] = defaultdict(set)
     rows = dataset.rows(*(f"{kind}_key" for kind in MEMBER_KINDS))
-    for row in [*prompt_entries(dataset)]:
+    for row in prompt_entries(dataset):
         found[dataset.store_folder("embedding")].add(row["embedding_key"])
+        if row.get("image") is not None:
+            found[FOLDER].add(digest_in(row["image"]))
     for row in rows:
         for kind in MEMBER_KINDS:
             if row[f"{kind}_key"] is not None:
@@ -171,11 +180,15 @@ def references(dataset: DataSet) -> dict[str, set[bytes]]:
 
 
 def all_references(cache: Cache) -> dict[str, set[bytes]]:
-    """The keys that any version of any data set refers to, by the folder of their store."""
+    """The keys that any version of any data set refers to, or a worker's share, by the folder of their store."""
     found: dict[str, set[bytes]] = defaultdict(set)
     for dataset in all_versions(cache):
         for folder, keys in references(dataset).items():
             found[folder] |= keys
+    for name in cache.storage.names("datasets"):
+        for path in list_shares(cache, name).values():
+            for folder, key in share_keys(open_share(cache, path)):
+                found[folder].add(key)
     return found
 
 
@@ -186,8 +199,16 @@ def all_versions(cache: Cache) -> Iterator[DataSet]:
             yield open_dataset(cache, name, digest)
 
 
+def pictures(storage: Storage) -> list[str]:
+    """The paths of the pictures, by digest."""
+    return [f"{FOLDER}/{name}" for name in storage.names(FOLDER) if is_picture_name(name)]
+
+
 def leftovers(storage: Storage) -> Iterator[tuple[str, str, bool]]:
     """Paths that belong to nothing, what they are, and whether they are of our making."""
+    for name in storage.names(FOLDER):
+        if not is_picture_name(name):
+            yield f"{FOLDER}/{name}", "is no picture", False
     for kind in MEMBERS:
         for store in storage.names(kind):
             if not is_digest(store, KEY_BYTES):
@@ -211,5 +232,5 @@ def printable(text: object) -> str:
 
 
 def say(line: str) -> None:
-    """Print a line beside a progress bar."""
-    tqdm.write(printable(line))
+    """Print a line of what was found, beside a progress bar."""
+    show(printable(line))

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
 from tyro.conf import Positional
 
 from preprocess.inventory import (
@@ -16,14 +15,17 @@ from preprocess.inventory import (
     dataset_names,
     find_version,
     open_cache,
+    pictures,
     printable,
     store_folders,
     versions,
 )
 from shared.cache import MEMBERS, Cache
 from shared.config import check_name, parse_config
+from shared.console import Progress
 from shared.dataset import MEMBER_KINDS, DataSet, open_dataset
 from shared.errors import CacheError, ConfigError, UserError, run_command
+from shared.pictures import FOLDER
 
 NUMBERS = ("parts", "keys", "MB", "samples")  # columns of numbers, to the right
 LINES = 20  # samples that a difference lists of each kind
@@ -49,8 +51,8 @@ class LsConfig:
 
 
 def list_stores(cache: Cache) -> Iterator[list[str]]:
-    """A row for each store: kind, fingerprint, parts, keys, megabytes, what tells it from others."""
-    for store in tqdm(store_folders(cache), desc="stores", unit="store", disable=None, leave=False):
+    """A row for each store: kind, fingerprint, parts, keys, megabytes, what tells it from others; one for pictures."""
+    for store in Progress(store_folders(cache), name="stores", unit="store", leave=False):
         keys: set[bytes] = set()
         size_bytes, bad, parts = 0, 0, store.parts()
         for part in parts:
@@ -63,6 +65,9 @@ def list_stores(cache: Cache) -> Iterator[list[str]]:
                 bad += 1
         told = f"{_told_apart(store)}" + (f"; {bad} parts: {DAMAGED}" if bad else "")
         yield [store.kind, store.fingerprint, f"{len(parts)}", f"{len(keys)}", f"{size_bytes / 1e6:,.1f}", told]
+    if paths := pictures(cache.storage):
+        size_bytes = sum(map(cache.storage.size, paths))
+        yield [FOLDER, "", "", f"{len(paths)}", f"{size_bytes / 1e6:,.1f}", "that validation videos start from"]
 
 
 def _told_apart(store: StoreFolder) -> str:

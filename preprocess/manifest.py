@@ -6,11 +6,13 @@ Reads, whatever the user has:
     a folder with a table  --dataset_name FOLDER, with one such file at its top
     a folder of pairs      --dataset_name FOLDER, x.mp4 with x.txt beside it, at any depth, in the order of their paths
     a hub data set         --dataset_name OWNER/NAME, or a clone of one: the split `train`, as `datasets` reads it
+    a table behind a URL   --dataset_name s3://bucket/clips.csv, https://, hf://, ...: fetched, and read as above
 
 `--caption_column` and `--video_column` name columns of a table; start (or start_s) and end (or end_s), in seconds, and
-weight are taken where there are such columns. A video is a path below `--instance_data_root`, or else below the table's
-folder; or a Video feature of `datasets`: a path as before, or in the hub's cache, or the video itself, which is written
-once, under its digest, to `<cache_dir>/videos`. No line is ever dropped: one that cannot be used is an error.
+weight are taken where there are such columns. A video is a URL; or a path below `--instance_data_root`, or else below
+the table's folder, each of which may be a URL; or a Video feature of `datasets`: one of these, or in the hub's cache,
+or the video itself, which is written once, under its digest, to `<cache_dir>/videos`.
+No line is ever dropped: one that cannot be used is an error.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ import hashlib
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from preprocess import files
 from preprocess.roots import DataRoot
 from preprocess.tables import (
     END_COLUMNS,
@@ -43,7 +47,7 @@ from preprocess.tables import (
     table_rows,
     text_rows,
 )
-from shared.errors import ManifestError
+from shared.errors import ConfigError, ManifestError
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # JSON can spell half a surrogate pair; UTF-8 cannot
@@ -56,7 +60,7 @@ class Record:
 
     Args:
         source: the video as the manifest names it, without an outer pair of quotes.
-        path: the video's file, absolute.
+        path: the video's file, absolute; or its URL.
         caption: as the manifest gives it, without an outer pair of quotes and without id token.
         start_s: where the clip starts in its video, in seconds; None is the video's start.
         end_s: where the clip ends in its video, in seconds; None is the video's end.
@@ -83,39 +87,55 @@ def iter_manifest(
     revision: str | None = None,
     cache_dir: str | None = None,
     follow_links: bool = False,
+    needs_captions: bool = True,
+    besides: Path | None = None,
 ) -> Iterator[Record]:
     """The records of a manifest, in its order; each is checked when it is taken. The module's head lists the forms.
 
     Args:
         cache_dir: for data sets of the hub and for videos embedded in a table; None is their usual place.
         follow_links: take videos that are symbolic links to files outside the data root.
+        needs_captions: a clip without a caption is a mistake; else its caption is empty.
+        besides: a table that is not the manifest, though it may lie at the top of its folder.
 
     Raises:
         ManifestError: the first line that cannot be used, by file, number and value.
     """
-    columns = (caption_column, video_column)
+    columns = Columns(caption_column, video_column, needs_captions)
+    rows: Rows
+    if dataset_name and files.is_url(dataset_name):
+        url = files.check(dataset_name)
+        if suffix_of(Path(url)) not in TABLE_SUFFIXES or url.count("/") < 3:
+            suffixes = ", ".join(sorted(TABLE_SUFFIXES))
+            raise ManifestError(f"--dataset_name {url}: is no table; behind a URL give one of {suffixes}")
+        root = DataRoot(instance_data_root or url.rpartition("/")[0], follow_links=follow_links)
+        yield from _records(url, _remote_rows(url, columns), columns, root, cache_dir)
+        return
     if not dataset_name and not instance_data_root:
         raise ManifestError("no manifest: give --dataset_name, or --instance_data_root with two text files")
     path = Path(dataset_name or instance_data_root or "")
-    files: list[Path] = []
+    below: list[Path] = []
     if dataset_name and path.is_dir():
-        tables = sorted(file for file in path.iterdir() if suffix_of(file) in TABLE_SUFFIXES and file.name[0] != ".")
+        left_out = besides and besides.absolute()
+        tables = [file for file in path.iterdir() if suffix_of(file) in TABLE_SUFFIXES and file.name[0] != "."]
+        tables = sorted(file for file in tables if file.absolute() != left_out)
         if len(tables) > 1:
             names = listed([table.name for table in tables])
             raise ManifestError(f"{path}: holds {len(tables)} tables, {names}; name one of them as --dataset_name")
         path = tables[0] if tables else path
-        files = [] if tables else files_below(path, follow_links)
+        below = [] if tables else [file for file in files_below(path, follow_links) if file.absolute() != left_out]
 
-    rows: Rows
-    folders = [Path(instance_data_root)] if instance_data_root else []
+    folders: list[str | Path] = [instance_data_root] if instance_data_root else []
+    if not dataset_name and files.is_url(instance_data_root or ""):
+        raise ConfigError("--instance_data_root is a URL; give the table of its videos as --dataset_name")
     if not dataset_name:
         rows = text_rows(path, columns)
     elif path.is_file():
         folders = folders or [path.parent]
         rows = table_rows(path, columns)
-    elif path.is_dir() and not is_clone(files):
+    elif path.is_dir() and not is_clone(below):
         folders = [path]
-        rows = pair_rows(path, files, columns, follow_links)
+        rows = pair_rows(path, below, columns, follow_links)
     elif path.is_dir() or (_HUB_ID.fullmatch(dataset_name) and suffix_of(path) not in TABLE_SUFFIXES):
         dataset, home = load_hub(dataset_name, dataset_config_name, revision, cache_dir)
         folders.append(home)
@@ -124,18 +144,34 @@ def iter_manifest(
         raise ManifestError(f"--dataset_name {path}: no such file or folder, and not the name of a hub data set")
 
     root = DataRoot(*folders, follow_links=follow_links)
+    yield from _records(str(path), rows, columns, root, cache_dir)
+
+
+def _remote_rows(url: str, columns: Columns) -> Rows:
+    """The rows of a table behind a URL, fetched for as long as they are read."""
+    with tempfile.TemporaryDirectory(prefix="latentreel-manifest-") as folder:
+        copy = Path(folder, f"table{suffix_of(Path(url))}")
+        try:
+            files.fetch(url, copy)
+        except OSError as error:
+            raise ManifestError(f"--dataset_name {url}: cannot be fetched ({error.strerror})") from error
+        yield from table_rows(copy, columns, url)
+
+
+def _records(name: str, rows: Rows, columns: Columns, root: DataRoot, cache_dir: str | None) -> Iterator[Record]:
     embedded = Path(cache_dir or "~/.cache/latentreel").expanduser() / "videos"
     origin = None
     for origin, row in rows:
         yield _record(origin, row, columns, root, embedded)
     if origin is None:
-        raise ManifestError(f"{path}: holds no clips")
+        raise ManifestError(f"{name}: holds no clips")
 
 
 def _record(origin: str, row: Mapping[str, Any], columns: Columns, root: DataRoot, embedded: Path) -> Record:
-    caption, video = (row[column] for column in columns)
-    caption = _unquoted(caption)
-    if caption is None or not str(caption).strip():
+    caption, video = _unquoted(row.get(columns.caption)), row[columns.video]
+    if not columns.needs_caption and (caption is None or (isinstance(caption, str) and not caption.strip())):
+        caption = ""
+    elif caption is None or not str(caption).strip():
         raise ManifestError(f"{origin}: the caption is empty ({caption!r}); write one, or remove the clip")
     if not isinstance(caption, str) or _HALF_PAIR.search(caption):
         raise ManifestError(f"{origin}: the caption {caption!r:.60} is not text; correct it")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,7 +16,6 @@ from preprocess.probe import Probe
 from preprocess.sources import Source
 from preprocess.video import PIXELS_VERSION
 from shared.cache import embedding_key, image_key, latent_key
-from shared.dataset import sample_id
 from shared.errors import VideoError
 from shared.geometry import Bucket
 from shared.models import Facts
@@ -30,7 +28,6 @@ class Sample:
     """A clip that can be used: which frames and pixels of its source, and the keys of what they become."""
 
     record: Record
-    sample_id: str
     prompt: str  # the effective one
     probe: Probe
     fps: float
@@ -43,10 +40,9 @@ class Sample:
     image_key: bytes | None  # of the first frame, for image-to-video
 
     def row(self) -> dict[str, Any]:
-        """The sample's row in samples.parquet, but for tokens and the places of its members."""
+        """The sample's row in samples.parquet, but for sample_id, tokens and the places of members."""
         box = {name: getattr(self.placement, name) for name in ("top", "left", "height", "width")}
         return {
-            "sample_id": self.sample_id,
             "caption": self.record.caption,
             "effective_prompt": self.prompt,
             "weight": self.record.weight,
@@ -94,29 +90,29 @@ class Rejected:
         }
 
 
-def plan_samples(
-    records: Iterable[Record], sources: dict[str, Source], config: PreprocessConfig, facts: Facts
-) -> Iterator[Sample | Rejected]:
-    """Each record's sample, or why it is rejected, in manifest order.
+def refusal(samples: int, rejected: int, first: Rejected) -> str:
+    """Why no data set is published."""
+    which = f"{rejected} of {samples + rejected} clips were rejected" if samples else (
+        f"all {rejected} clips were rejected"
+    )  # fmt: skip
+    return (
+        f"{which}, the first {first.record.origin} {first.record.source}: {first.reason} ({first.detail}); "
+        "no data set was published; mend or remove them" + (", or leave out --strict" if samples else "")
+    )
 
-    Args:
-        sources: what was learnt of each video, by its path.
-    """
-    occurrences: Counter[tuple[str, float | None, float | None]] = Counter()
-    for whole in records:
-        source = sources[whole.path]
+
+def plan_record(whole: Record, source: Source, config: PreprocessConfig, facts: Facts) -> Iterator[Sample | Rejected]:
+    """The clips that a record becomes, or why there is none, in the order of their times."""
+    try:
+        clips = _clips(whole, source.require_probe(), config, facts)
+    except VideoError as error:
+        yield Rejected(whole, error.reason, error.detail)
+        return
+    for record in clips:
         try:
-            clips = _clips(whole, source.require_probe(), config, facts)
+            yield _plan_sample(record, source, config, facts)
         except VideoError as error:
-            yield Rejected(whole, error.reason, error.detail)
-            continue
-        for record in clips:
-            segment = (record.source, record.start_s, record.end_s)
-            try:
-                yield _plan_sample(record, source, occurrences[segment], config, facts)
-            except VideoError as error:
-                yield Rejected(record, error.reason, error.detail)
-            occurrences[segment] += 1
+            yield Rejected(record, error.reason, error.detail)
 
 
 def _clips(record: Record, probe: Probe, config: PreprocessConfig, facts: Facts) -> list[Record]:
@@ -135,7 +131,7 @@ def _clips(record: Record, probe: Probe, config: PreprocessConfig, facts: Facts)
     return [replace(record, start_s=round(start_s + a, 6), end_s=round(min(start_s + b, end_s), 6)) for a, b in clips]
 
 
-def _plan_sample(record: Record, source: Source, occurrence: int, config: PreprocessConfig, facts: Facts) -> Sample:
+def _plan_sample(record: Record, source: Source, config: PreprocessConfig, facts: Facts) -> Sample:
     probe = source.require_probe()
     fps = config.frame_rate(facts.native_fps)
     shapes, may_be_shorter = config.shapes(facts)
@@ -165,7 +161,6 @@ def _plan_sample(record: Record, source: Source, occurrence: int, config: Prepro
     mirrored = config.random_flip > 0
     return Sample(
         record=record,
-        sample_id=sample_id(record.source, record.start_s, record.end_s, mirrored, occurrence),
         prompt=prompt,
         probe=probe,
         fps=fps or probe.fps,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from preprocess.tally import Tally
+from shared.console import say
 from shared.errors import REJECTION_REASONS
 
 LISTED = 10  # names in one line of the summary; samples.parquet has them all
@@ -22,8 +24,9 @@ class Report:
     reused: Counter[str] = field(default_factory=lambda: Counter(latents=0, images=0, embeddings=0))
     rejected: Counter[str] = field(default_factory=Counter)
     buckets: Counter[str] = field(default_factory=Counter)
-    truncated: list[str] = field(default_factory=list)  # sources whose prompt is longer than the text encoder takes
-    duplicates: dict[str, list[str]] = field(default_factory=dict)  # sources of each caption that several clips have
+    truncated: int = 0  # clips whose prompt is longer than the text encoder takes
+    truncated_names: list[str] = field(default_factory=list)  # the sources of the first of them
+    captions: Tally = field(default_factory=lambda: Tally(names=LISTED))  # and the first sources that have each
     tiling: dict[str, Any] | None = None  # the tiles that the VAE encoded in
     bytes: Counter[str] = field(default_factory=Counter)  # written, tars and indexes
     seconds: dict[str, float] = field(default_factory=dict)
@@ -37,13 +40,23 @@ class Report:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def count_captions(self, rows: list[dict[str, Any]]) -> None:
-        """Note the truncated prompts and the captions that stand on several clips, from rows of samples.parquet."""
-        self.truncated = [row["source"] for row in rows if row["truncated"]]
-        by_caption: dict[str, list[str]] = {}
+    def counted(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The rows of samples.parquet as they are; their buckets, captions and truncated prompts are noted."""
         for row in rows:
-            by_caption.setdefault(row["caption"], []).append(row["source"])
-        self.duplicates = {caption: sources for caption, sources in by_caption.items() if len(sources) > 1}
+            self.buckets[row["bucket"]] += 1
+            self.captions.add(row["caption"], row["source"])
+            if row["truncated"]:
+                self.truncated += 1
+                self.truncated_names += [row["source"]] if len(self.truncated_names) < LISTED else []
+            yield row
+
+    def add(self, other: dict[str, Any]) -> None:
+        """Add what another worker did, as its report.json tells: what it encoded and found, bytes, seconds."""
+        for name in ("encoded", "reused", "bytes"):
+            getattr(self, name).update(other[name])
+        for name, seconds in other["seconds"].items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.tiling = other["tiling"]
 
     def to_dict(self) -> dict[str, Any]:
         """As report.json holds it."""
@@ -52,34 +65,40 @@ class Report:
             "reused": dict(self.reused),
             "rejected": dict(sorted(self.rejected.items())),
             "buckets": dict(sorted(self.buckets.items())),
-            "truncated": len(self.truncated),
-            "duplicate_captions": len(self.duplicates),
+            "truncated": self.truncated,
+            "duplicate_captions": self.captions.repeated(0)[0],
             "tiling": self.tiling,
             "bytes": dict(self.bytes),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
 
-    def lines(self) -> Iterator[str]:
-        """The summary as it is printed."""
+    def tell(self) -> None:
+        """Tell the summary; the first line has all of it for programs."""
+        for number, (event, message) in enumerate(self._lines()):
+            say(event, message, **({} if number else self.to_dict()))
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
         for name, counts in (("encoded", self.encoded), ("reused", self.reused)):
             images = f", {counts['images']} images" if counts["images"] else ""
-            yield f"{name:<9} {counts['latents']} clips, {counts['embeddings']} prompts{images}"
+            yield name, f"{counts['latents']} clips, {counts['embeddings']} prompts{images}"
         for reason, count in sorted(self.rejected.items()):
-            yield f"rejected  {count} {reason}: {REJECTION_REASONS[reason]}"
+            yield "rejected", f"{count} {reason}: {REJECTION_REASONS[reason]}"
         for bucket, count in sorted(self.buckets.items()):
-            yield f"bucket    {bucket}: {count} clips"
+            yield "bucket", f"{bucket}: {count} clips"
         if self.truncated:
-            yield f"truncated {len(self.truncated)} prompts, longer than T5 may read: {_listed(self.truncated)}"
-        for caption, sources in list(self.duplicates.items())[:LISTED]:
-            yield f"duplicate caption {caption[:60]!r} of {len(sources)} clips: {_listed(sources)}"
-        if len(self.duplicates) > LISTED:
-            yield f"duplicate captions: {len(self.duplicates) - LISTED} more"
+            names = _listed(self.truncated_names, self.truncated)
+            yield "truncated", f"{self.truncated} prompts, longer than T5 may read: {names}"
+        duplicates, first = self.captions.repeated(LISTED)
+        for caption, times, sources in first:
+            yield "duplicate", f"caption {caption[:60]!r} of {times} clips: {_listed(sources, times)}"
+        if duplicates > LISTED:
+            yield "duplicate", f"captions: {duplicates - LISTED} more"
         if self.tiling:
             size = f"{self.tiling['height']}x{self.tiling['width']}"
-            yield f"tiles     {size} pixels; --check_tiling tells what they change"
-        yield f"written   {sum(self.bytes.values()) / 1e6:,.1f} MB"
-        yield "seconds   " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())
+            yield "tiles", f"{size} pixels; --check_tiling tells what they change"
+        yield "written", f"{sum(self.bytes.values()) / 1e6:,.1f} MB"
+        yield "seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:LISTED]) + (f", and {len(names) - LISTED} more" if len(names) > LISTED else "")
+def _listed(names: list[str], count: int) -> str:
+    return ", ".join(names) + (f", and {count - len(names)} more" if count > len(names) else "")

@@ -5,15 +5,22 @@ Shapes: C latent channels, T latent frames, H and W latent height and width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from preprocess.config import PreprocessConfig
 from preprocess.decode import DecodePool
-from preprocess.plan import Sample
-from shared.errors import VideoError
+from preprocess.fingerprints import tile_geometry
+from preprocess.plan import Sample, refusal
+from preprocess.prepare import open_model, open_stores, plan_clips, read_manifest
+from preprocess.sources import Sources
+from preprocess.spool import Spool
+from shared.cache import Cache
+from shared.errors import UserError, VideoError
 from shared.geometry import SPATIAL_COMPRESSION
 
 if TYPE_CHECKING:
@@ -52,12 +59,44 @@ class Seams:
         return f"{self.overall}; at seams ({self.share:.0%}) {self.at_seams}; elsewhere {self.elsewhere}"
 
 
+def check_tiling(config: PreprocessConfig) -> Iterator[str]:
+    """What tiles change, in a few of the clips: a line for the tiles, then one for each clip.
+
+    The tiles are those that a run with this configuration would take; the VAE's own, where it would take none. The
+    cache learns what there is to know of the videos, and nothing else is written.
+
+    Raises:
+        UserError: as `preprocess`.
+    """
+    with Spool() as spool:
+        read_manifest(config, spool)
+        checkpoint = open_model(config)
+        cache = Cache(config.cache)
+        stores = open_stores(cache, checkpoint, config)
+        with cache.writer() as writer, DecodePool(1, config.decode_timeout) as pool:
+            sources = Sources(cache, spool, writer)
+            sources.learn(pool, retry=config.retry_rejected)
+            sources.save()
+            plan_clips(spool, config, checkpoint)
+            samples, rejected = spool.counts()
+            if not samples:
+                raise UserError(refusal(samples, rejected, next(spool.rejected())[1]))
+            from preprocess.encode import VideoEncoder  # late: torch
+
+            tiling = stores.tiling or tile_geometry(checkpoint)
+            size = f"{tiling['height']}x{tiling['width']}"
+            told = "as this run would take" if stores.tiling else "the VAE's own: this run would take none"
+            yield f"tiles     {size} pixels, {told}; differences from untiled in the latents' standard deviation"
+            encoder = VideoEncoder(checkpoint, stores.vae_dtype, "float32", slicing=False, tiling=None)
+            checked = (sample for _, _, sample in spool.samples())
+            yield from seam_lines(encoder, pool, islice(checked, 0, None, -(-samples // CHECKED_CLIPS)), tiling)
+
+
 def seam_lines(
-    encoder: VideoEncoder, pool: DecodePool, samples: Sequence[Sample], tiling: dict[str, Any]
+    encoder: VideoEncoder, pool: DecodePool, samples: Iterable[Sample], tiling: dict[str, Any]
 ) -> Iterator[str]:
-    """What tiles change in a few of the samples, a line each."""
-    step = -(-len(samples) // CHECKED_CLIPS)
-    for sample in samples[::step]:
+    """What tiles change in samples, a line each."""
+    for sample in samples:
         arguments = (sample.record.path, sample.probe, sample.frame_indices, sample.placement)
         try:
             clip = pool.read(*arguments, preview=False).result()

@@ -10,32 +10,38 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
+from preprocess import files
 from preprocess.decode import DecodePool
-from preprocess.manifest import Record
 from preprocess.probe import Probe
 from preprocess.video import PIXELS_VERSION
 from shared.cache import Cache
+from shared.console import Progress
 from shared.errors import CacheError, ManifestError, VideoError
 from shared.storage import FileLock, Storage, canonical_json
 
+if TYPE_CHECKING:
+    from preprocess.spool import Spool
+
 FILE = "sources.parquet"
-SAVE_SECONDS = 300  # a run that is killed has this much to learn again, at most
+SAVE_SECONDS = 300  # a run that is killed has this much to learn again, or as much as saving takes ten times
+ROW_GROUP = 1024  # sources in memory at a time
+LOOK_AHEAD = 64  # videos that are digested and probed at a time
 SCHEMA = pa.schema(
     [
         ("source", pa.string()),  # absolute path
         ("size", pa.int64()),
-        ("mtime_ns", pa.int64()),
+        ("mtime_ns", pa.int64()),  # of a URL a stamp of what its store tells of the version
         ("pixels_version", pa.int32()),  # of the code that learnt this
         ("digest", pa.string()),  # sha256 of the file's bytes
         ("probe", pa.string()),  # JSON; null when the probe failed
@@ -50,6 +56,7 @@ class Source:
     """A video file and what is known of it.
 
     Attributes:
+        size, mtime_ns: as `files.status` tells them.
         verdicts: reason and detail of what failed: under `probe`, or under the key of the clip that was read.
     """
 
@@ -73,114 +80,105 @@ class Source:
     def is_unchanged(self) -> bool:
         """Whether the file still is the one that this was learnt of, as far as its size and time tell."""
         try:
-            stat = Path(self.path).stat()
+            return files.status(self.path) == (self.size, self.mtime_ns)
         except OSError:
             return False
-        return (stat.st_size, stat.st_mtime_ns) == (self.size, self.mtime_ns)
 
 
 class Sources:
-    """The sources that a cache knows, and those of this run.
+    """The sources of a run: what the cache remembers of them, and what the run learns, which it will remember.
 
     Args:
-        cache: its `sources.parquet` is read at once.
+        spool: has the records, and is given what is known of their videos.
+        writer: the writer's folder, to save by way of now and then; None: the cache will not remember.
     """
 
-    def __init__(self, cache: Cache) -> None:
-        self._storage = cache.storage
-        self._known = _read(self._storage)
-        self._changed: dict[str, Source] = {}  # learnt by this run since it was saved, by path
-        self._saved_s = time.monotonic()
+    def __init__(self, cache: Cache, spool: Spool, writer: Path | None) -> None:
+        self._storage, self._spool, self._writer = cache.storage, spool, writer
+        self._save_at = time.monotonic() + SAVE_SECONDS
 
-    def learn(self, records: Iterable[Record], pool: DecodePool, writer: Path, *, retry: bool) -> dict[str, Source]:
-        """What is known of each record's video, by path; unknown and changed files are digested and probed.
+    def learn(self, pool: DecodePool, *, retry: bool) -> None:
+        """Give the spool what is known of its records' videos; unknown and changed files are digested and probed.
 
         Args:
-            writer: the writer's folder, to save by way of now and then.
             retry: forget what could not be read in an earlier run.
 
         Raises:
             ManifestError: a file has gone since the manifest was read.
+            CacheError: what the cache remembers cannot be read.
         """
-        found: dict[str, Source] = {}
-        unknown: dict[str, tuple[Future[str], Future[Probe]]] = {}
+        for source in known_sources(self._storage):
+            if self._spool.names(source.path):
+                self._spool.put_source(source, is_new=False)
         threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="digest")
+        waiting: deque[tuple[Source, Future[str], Future[Probe]]] = deque()
         try:
-            for path in dict.fromkeys(record.path for record in records):
-                try:
-                    stat = Path(path).stat()
-                except OSError as error:
-                    raise ManifestError(f"{path}: cannot be read ({error.strerror}); run again when it can") from error
-                known = self._known.get(path)
-                unchanged = known and (known.size, known.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+            found = files.statuses(self._spool.paths())
+            for path, status in Progress(found, name="sources", unit="video"):
+                if isinstance(status, OSError):
+                    raise ManifestError(
+                        f"{path}: cannot be read ({status.strerror}); run again when it can"
+                    ) from status
+                known = self._spool.source(path)
+                unchanged = known and (known.size, known.mtime_ns) == status
                 if known and unchanged and not (retry and known.verdicts):
-                    found[path] = known
                     continue
-                found[path] = Source(path, stat.st_size, stat.st_mtime_ns, "")
-                unknown[path] = threads.submit(_digest, path), pool.probe(path)
-            for path, (digest, probe) in tqdm(unknown.items(), desc="sources", unit="video", disable=None):
-                source = found[path]
-                try:
-                    source.digest = digest.result()
-                except OSError as error:  # no permission, or gone: not remembered, as the file itself may be right
-                    source.verdicts["probe"] = ("unreadable", f"{error.strerror}")
-                    continue
-                try:
-                    source.probe = probe.result()
-                except VideoError as error:
-                    source.verdicts["probe"] = (error.reason, error.detail)
-                if source.is_unchanged():
-                    self._remember(source, writer)
+                source = Source(path, status[0], status[1], "")
+                waiting.append((source, threads.submit(files.digest, path), pool.probe(path)))
+                if len(waiting) >= LOOK_AHEAD:
+                    self._learnt(*waiting.popleft())
+            while waiting:
+                self._learnt(*waiting.popleft())
         finally:
             threads.shutdown(cancel_futures=True)
-        return found
 
-    def reject(self, source: Source, key: bytes, error: VideoError, writer: Path) -> None:
+    def _learnt(self, source: Source, digest: Future[str], probe: Future[Probe]) -> None:
+        try:
+            source.digest = digest.result()
+            source.probe = probe.result()
+        except (OSError, files.FetchError) as error:  # no permission, gone, a network: the file itself may be right
+            detail = error.detail if isinstance(error, files.FetchError) else f"{error.strerror}"
+            source.verdicts["probe"] = ("unreadable", detail)
+            self._spool.put_source(source, is_new=False)
+            return
+        except VideoError as error:
+            source.verdicts["probe"] = (error.reason, error.detail)
+        self._remember(source)
+
+    def reject(self, source: Source, key: bytes, error: VideoError) -> None:
         """Remember that reading the clip `key` of a source failed, if that was the fault of the file as it is."""
+        if isinstance(error, files.FetchError):  # the network's fault
+            return
         if error.reason != "non_finite" and source.is_unchanged():  # what is not finite depends on the VAE and dtype
             source.verdicts[key.hex()] = (error.reason, error.detail)
-            self._remember(source, writer)
+            self._remember(source)
 
-    def _remember(self, source: Source, writer: Path) -> None:
-        self._changed[source.path] = source
-        if time.monotonic() - self._saved_s > SAVE_SECONDS:
-            self.save(writer)
+    def _remember(self, source: Source) -> None:
+        self._spool.put_source(source, is_new=source.is_unchanged())
+        if time.monotonic() > self._save_at:
+            self.save()
 
-    def save(self, writer: Path) -> None:
+    def save(self) -> None:
         """Write what is new to the cache's file, beside what other processes have written meanwhile.
 
         Remote: of two that write in the same instant one is forgotten, which costs time and nothing else.
         """
-        if not self._changed:
-            return
-        with self._alone():
-            merged = {**_read(self._storage), **self._changed}
-            rows = [_row(source) for source in merged.values()]
-            table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({b"rows_sha256": _rows_digest(rows)}))
-            finished = writer / FILE
-            with finished.open("wb") as file:
-                pq.write_table(
-                    table,
-                    file,
-                    compression="zstd",
-                    use_dictionary=False,
-                    column_encoding={"pts.list.element": "DELTA_BINARY_PACKED"},
-                    write_page_checksum=True,
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            self._storage.publish(finished, FILE)
-        self._known.update(self._changed)
-        self._changed, self._saved_s = {}, time.monotonic()
+        started = time.monotonic()
+        if self._writer and next(self._spool.new_sources(), None) is not None:
+            with self._alone():
+                finished = self._writer / FILE
+                write_sources(finished, self._merged())
+                self._storage.publish(finished, FILE)
+            self._spool.all_remembered()
+        self._save_at = time.monotonic() + max(SAVE_SECONDS, 10 * (time.monotonic() - started))
+
+    def _merged(self) -> Iterator[Source]:
+        yield from (source for source in known_sources(self._storage) if not self._spool.is_new(source.path))
+        yield from self._spool.new_sources()
 
     def _alone(self) -> AbstractContextManager[object]:
         """Keeps others from writing the file; an object store has no locks."""
         return FileLock(self._storage.local("writers/.sources.lock")) if self._storage.is_local else nullcontext()
-
-
-def _digest(path: str) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _row(source: Source) -> dict[str, Any]:
@@ -198,32 +196,63 @@ def _row(source: Source) -> dict[str, Any]:
     }
 
 
-def _read(storage: Storage) -> dict[str, Source]:
-    """The sources in the cache's file by path; those that another version of the decoding code saw are left out."""
+def known_sources(storage: Storage) -> Iterator[Source]:
+    """The sources in the cache's file, few in memory at a time; of other decoding code's only the digest is looked at.
+
+    Raises:
+        CacheError: the file cannot be read, or is not as it was written (told at its end).
+    """
     path = storage.full(FILE)
+    hasher = hashlib.sha256()
     try:
-        table = pq.read_table(pa.BufferReader(storage.read(FILE)), page_checksum_verification=True)
+        if not storage.exists(FILE):
+            return
+        file = pq.ParquetFile(
+            storage.local(FILE) if storage.is_local else pa.BufferReader(storage.read(FILE)),
+            page_checksum_verification=True,
+        )
+        schema = file.schema_arrow
+        if not schema.equals(SCHEMA):
+            raise CacheError(f"{path}: other columns than this version writes; remove it, it is learnt again")
+        with file:
+            for batch in file.iter_batches(ROW_GROUP):
+                for row in batch.to_pylist():
+                    hasher.update(canonical_json(row))
+                    if row["pixels_version"] == PIXELS_VERSION:
+                        yield _source(row)
+        told = (file.metadata.metadata or {}).get(b"rows_sha256")
     except FileNotFoundError:
-        return {}
+        return
     except (pa.ArrowException, OSError) as error:
         raise CacheError(f"{path}: cannot be read ({error}); remove it, what it remembers is learnt again") from error
-    if not table.schema.equals(SCHEMA):
-        raise CacheError(f"{path}: other columns than this version writes; remove it, it is learnt again")
-    rows = table.to_pylist()
-    told = (table.schema.metadata or {}).get(b"rows_sha256")
-    if told != _rows_digest(rows):  # page checksums leave out the pages' headers
-        raise CacheError(f"{path}: differs from its own digest; remove it, it is learnt again")
-    try:
-        return {row["source"]: _source(row) for row in rows if row["pixels_version"] == PIXELS_VERSION}
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise CacheError(f"{path}: a row cannot be read ({error!r}); remove it, it is learnt again") from error
+    if told != hasher.hexdigest().encode():  # page checksums leave out the pages' headers
+        raise CacheError(f"{path}: differs from its own digest; remove it, it is learnt again")
 
 
-def _rows_digest(rows: list[dict[str, Any]]) -> bytes:
+def write_sources(path: Path, sources: Iterable[Source]) -> None:
+    """Write the file of a cache's sources, and flush it to the disk."""
     hasher = hashlib.sha256()
-    for row in rows:
-        hasher.update(canonical_json(row))
-    return hasher.hexdigest().encode()
+    options: dict[str, Any] = {
+        "compression": "zstd",
+        "use_dictionary": False,
+        "column_encoding": {"pts.list.element": "DELTA_BINARY_PACKED"},
+        "write_page_checksum": True,
+    }
+    with path.open("wb") as file:
+        with pq.ParquetWriter(file, SCHEMA, **options) as writer:
+            rows: list[dict[str, Any]] = []
+            for source in sources:
+                rows.append(_row(source))
+                hasher.update(canonical_json(rows[-1]))
+                if len(rows) == ROW_GROUP:
+                    writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+                    rows = []
+            writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+            writer.add_key_value_metadata({b"rows_sha256": hasher.hexdigest().encode()})
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _source(row: dict[str, Any]) -> Source:

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,13 +22,32 @@ TABLE_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".parquet"}
 VIDEO_SUFFIXES = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif"}
 START_COLUMNS, END_COLUMNS, WEIGHT_COLUMNS = ("start", "start_s"), ("end", "end_s"), ("weight",)
 
-Columns = tuple[str, str]  # of the caption, of the video
 Rows = Iterator[tuple[str, Mapping[str, Any]]]  # where a row is, and its cells by column
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that a manifest's captions and videos are in.
+
+    Attributes:
+        needs_caption: a manifest without captions is a mistake; else its rows lack that cell, or hold None.
+    """
+
+    caption: str
+    video: str
+    needs_caption: bool = True
+
+    def row(self, caption: str | None, video: str) -> dict[str, Any]:
+        """The cells of a row that has no others."""
+        return {self.caption: caption, self.video: video}
 
 
 def text_rows(folder: Path, columns: Columns) -> Rows:
     """The rows of two text files, which the columns name: a line each, and equally many."""
-    paths = [folder / column for column in columns]
+    paths = [folder / columns.caption, folder / columns.video]
+    if not columns.needs_caption and not paths[0].is_file() and paths[1].is_file():
+        yield from ((origin, columns.row(None, video)) for origin, video in _lines(paths[1]))
+        return
     for flag, path in zip(("--caption_column", "--video_column"), paths, strict=True):
         if not path.is_file():
             raise ManifestError(f"{path}: no such file; without --dataset_name, {flag} is the name of a text file")
@@ -40,7 +60,7 @@ def text_rows(folder: Path, columns: Columns) -> Rows:
             f"The first line without a partner is {origin}: {text!r:.100}"
         )
     for (_, caption), (origin, video) in zip(*map(_lines, paths), strict=True):
-        yield origin, dict(zip(columns, (caption, video), strict=True))
+        yield origin, columns.row(caption, video)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -83,52 +103,60 @@ def pair_rows(folder: Path, files: list[Path], columns: Columns, follow_links: b
         raise ManifestError(f"{texts[alone[0]]}: has no video of this name beside it; add it, or remove the text")
     for video in videos:
         text = texts.get(video.with_suffix(""))
+        if text is None and not columns.needs_caption:
+            yield str(video), columns.row(None, str(video.relative_to(folder)))
+            continue
         if text is None:
             raise ManifestError(f"{video}: has no text of this name beside it; write its caption")
         root.file(str(folder), str(text.relative_to(folder)))  # for its checks
         with _opened(text) as file:
-            row = (file.read().strip(), str(video.relative_to(folder)))
-        yield f"{text}:1", dict(zip(columns, row, strict=True))
+            caption = file.read().strip()
+        yield f"{text}:1", columns.row(caption, str(video.relative_to(folder)))
 
 
-def table_rows(path: Path, columns: Columns) -> Rows:
-    """The rows of a file, by its suffix; `datasets`, which takes seconds to import, is not needed."""
+def table_rows(path: Path, columns: Columns, name: str | None = None) -> Rows:
+    """The rows of a file, by its suffix; `datasets`, which takes seconds to import, is not needed.
+
+    Args:
+        name: what messages call it, where that is not its path: the URL that it was fetched from.
+    """
+    name = name or str(path)
     if suffix_of(path) == ".parquet":
-        return _parquet_rows(path, columns)
+        return _parquet_rows(path, name, columns)
     if suffix_of(path) in {".csv", ".tsv"}:
-        return _csv_rows(path, columns, "\t" if suffix_of(path) == ".tsv" else ",")
+        return _csv_rows(path, name, columns, "\t" if suffix_of(path) == ".tsv" else ",")
     if suffix_of(path) in {".json", ".jsonl"}:
-        return _json_rows(path, columns)
-    raise ManifestError(f"{path}: is no table; --dataset_name takes {listed(sorted(TABLE_SUFFIXES))}, or a folder")
+        return _json_rows(path, name, columns)
+    raise ManifestError(f"{name}: is no table; --dataset_name takes {listed(sorted(TABLE_SUFFIXES))}, or a folder")
 
 
-def _csv_rows(path: Path, columns: Columns, delimiter: str) -> Rows:
-    with _opened(path) as file:
+def _csv_rows(path: Path, name: str, columns: Columns, delimiter: str) -> Rows:
+    with _opened(path, name) as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)  # strict: an open quote would swallow what follows
         line = 1
         try:
             header = next(reader, [])
-            _require(str(path), header, columns)
+            _require(name, header, columns)
             line = reader.line_num + 1  # where the next row starts: cells may hold newlines
             for cells in reader:
                 if cells and len(cells) != len(header):
                     counts = f"{len(cells)} cells, the header {len(header)}"
-                    raise ManifestError(f"{path}:{line}: has {counts}; put a cell that holds {delimiter!r} in quotes")
+                    raise ManifestError(f"{name}:{line}: has {counts}; put a cell that holds {delimiter!r} in quotes")
                 if cells:
-                    yield f"{path}:{line}", dict(zip(header, cells, strict=True))
+                    yield f"{name}:{line}", dict(zip(header, cells, strict=True))
                 line = reader.line_num + 1
         except csv.Error as error:
-            raise ManifestError(f"{path}:{line}: {error}; close the quotes, and write those inside twice") from error
+            raise ManifestError(f"{name}:{line}: {error}; close the quotes, and write those inside twice") from error
 
 
-def _json_rows(path: Path, columns: Columns) -> Rows:
-    with _opened(path) as file:
+def _json_rows(path: Path, name: str, columns: Columns) -> Rows:
+    with _opened(path, name) as file:
         is_list = suffix_of(path) == ".json" and file.read().lstrip().startswith("[")
         file.seek(0)
         if is_list:
-            rows = ((f"{path} row {number}", row) for number, row in enumerate(_json(str(path), file.read()), start=1))
+            rows = ((f"{name} row {number}", row) for number, row in enumerate(_json(name, file.read()), start=1))
         else:
-            lines = ((f"{path}:{number}", line) for number, line in enumerate(file, start=1) if line.strip())
+            lines = ((f"{name}:{number}", line) for number, line in enumerate(file, start=1) if line.strip())
             rows = ((origin, _json(origin, line)) for origin, line in lines)
         for origin, row in rows:
             if not isinstance(row, dict):
@@ -144,21 +172,21 @@ def _json(origin: str, text: str) -> Any:
         raise ManifestError(f"{origin}: is not JSON ({error}); write one object a line, or one list of them") from error
 
 
-def _parquet_rows(path: Path, columns: Columns) -> Rows:
+def _parquet_rows(path: Path, name: str, columns: Columns) -> Rows:
     import pyarrow  # late: other manifests do without
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            _require(str(path), names, columns)
-            is_feature = pyarrow.types.is_struct(file.schema_arrow.field(columns[1]).type)
+            _require(name, names, columns)
+            is_feature = pyarrow.types.is_struct(file.schema_arrow.field(columns.video).type)
             batches = file.iter_batches(16 if is_feature else 4096, columns=_taken(names, columns))
             rows = chain.from_iterable(batch.to_pylist() for batch in batches)
             for number, row in enumerate(rows, start=1):
-                yield f"{path} row {number}", row
+                yield f"{name} row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        raise ManifestError(f"{path}: cannot be read as Parquet ({error})") from error
+        raise ManifestError(f"{name}: cannot be read as Parquet ({error})") from error
 
 
 def load_hub(name: str, config: str | None, revision: str | None, cache_dir: str | None) -> tuple[Any, Path]:
@@ -184,21 +212,27 @@ def hub_rows(name: str, dataset: Any, columns: Columns) -> Rows:
 
     _require(name, dataset.column_names, columns)
     dataset = dataset.select_columns(_taken(dataset.column_names, columns))
-    if isinstance(dataset.features[columns[1]], Video):
-        dataset = dataset.cast_column(columns[1], Video(decode=False))
+    if isinstance(dataset.features[columns.video], Video):
+        dataset = dataset.cast_column(columns.video, Video(decode=False))
     for number, row in enumerate(dataset, start=1):
         yield f"{name} row {number}", row
 
 
 def _require(origin: str, names: list[str], columns: Columns) -> None:
-    for flag, column in zip(("--caption_column", "--video_column"), columns, strict=True):
+    for flag, column in (("--caption_column", columns.caption), ("--video_column", columns.video)):
+        if column == columns.caption and column not in names and not columns.needs_caption:
+            continue
         if names.count(column) != 1:
             found = "more than one column" if column in names else "no column"
             raise ManifestError(f"{origin}: has {found} {column!r} for {flag}; its columns are {listed(names)}")
 
 
 def _taken(names: list[str], columns: Columns) -> list[str]:
-    return [name for name in names if name in {*columns, *START_COLUMNS, *END_COLUMNS, *WEIGHT_COLUMNS}]
+    return [
+        name
+        for name in names
+        if name in {columns.caption, columns.video, *START_COLUMNS, *END_COLUMNS, *WEIGHT_COLUMNS}
+    ]
 
 
 def suffix_of(path: Path) -> str:
@@ -212,12 +246,12 @@ def listed(names: list[str]) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[TextIO]:
-    """A text file, its line ends as they are."""
+def _opened(path: Path, name: str | None = None) -> Iterator[TextIO]:
+    """A text file, its line ends as they are; messages call it by its name."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield file
     except UnicodeDecodeError as error:
-        raise ManifestError(f"{path}: is not UTF-8 ({error.reason}); save it as UTF-8") from error
+        raise ManifestError(f"{name or path}: is not UTF-8 ({error.reason}); save it as UTF-8") from error
     except OSError as error:
-        raise ManifestError(f"{path}: {error.strerror}") from error
+        raise ManifestError(f"{name or path}: {error.strerror}") from error

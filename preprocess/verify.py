@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from tyro.conf import Positional
 
 from preprocess.inventory import (
     StoreFolder,
     leftovers,
     open_cache,
+    pictures,
     prompt_entries,
     say,
     store_folders,
@@ -30,8 +30,10 @@ from preprocess.parts import Part, check_part
 from preprocess.repair import mend_part, restore_facts, stage_1_command
 from shared.cache import MEMBERS, STRANDED_SECONDS, Cache, dead_writers
 from shared.config import parse_config
+from shared.console import Progress
 from shared.dataset import MEMBER_KINDS, DataSet, location_columns, open_dataset, version_digest
 from shared.errors import CacheError, UserError, run_command
+from shared.pictures import read_picture
 from shared.shards import FORMAT_VERSION, Location
 
 
@@ -76,6 +78,7 @@ class Verification:
         self.parts = self.keys = self.size_bytes = self.versions = 0
         self.damaged = self.bad_keys = self.missing = 0
         self.incomplete: dict[str, DataSet] = {}
+        self._pictures: set[str] = set()
 
     def _bad(self, *lines: str) -> None:
         self.damaged += len(lines)
@@ -86,7 +89,7 @@ class Verification:
         """Look at every part of every store."""
         stores = [store for store in store_folders(self._cache) if self._is_ours(store)]
         parts = [(store, part) for store in stores for part in store.parts()]
-        for store, name in tqdm(parts, desc="parts", unit="part", disable=None):
+        for store, name in Progress(parts, name="parts", unit="part"):
             found: Part | None
             found = check_part(store, name, quick=self._quick)
             self.bad_keys += len(found.bad)
@@ -140,13 +143,28 @@ class Verification:
                     place = Location(found.name, row["offset"], row["size_bytes"], row["crc32"])
                     held.places.add(_pack(row["key"], place))
 
+    def pictures(self) -> None:
+        """Look whether each picture is the one that it is called after."""
+        for path in pictures(self._storage):
+            self._pictures.add(path)
+            try:
+                if not self._quick:
+                    read_picture(self._storage, path)
+            except CacheError as error:
+                self._bad(str(error).removeprefix(f"{self._storage.url}/"))
+                if self._writer:
+                    self._storage.remove(path)
+                    self._pictures.remove(path)
+                    self.damaged -= 1
+                    say(f"mended: {path}: removed; stage 1 puts it there again")
+
     def datasets(self) -> None:
         """Look at every version of every data set: its name, and whether the stores hold its keys."""
         for name in self._storage.names("datasets"):
             known = versions(self._cache, name)
             current = self._look_at_current(name, known)
             known.sort(key=lambda digest: digest != current)  # the command to run again is the current version's
-            for digest in tqdm(known, desc=name, unit="version", disable=None):
+            for digest in Progress(known, name=name, unit="version"):
                 self.versions += 1
                 try:
                     self._look_at_version(open_dataset(self._cache, name, digest))
@@ -178,7 +196,10 @@ class Verification:
                 yield row
 
         for entry in prompt_entries(dataset):
-            self._look_for(f"prompt {entry.get('effective_prompt')!r:.60}", dataset, entry, ("embedding",))
+            what = f"prompt {entry.get('effective_prompt')!r:.60}"
+            self._look_for(what, dataset, entry, ("embedding",))
+            if entry.get("image") is not None and entry["image"] not in self._pictures:
+                self._miss(dataset, what, f"its picture {entry['image']}")
         try:
             digest = version_digest(dataset.info, rows())
         except (TypeError, ValueError) as error:
@@ -207,22 +228,26 @@ class Verification:
                     moved.append(kind)
             except CacheError:
                 moved.append(kind)
-        what = f"{dataset.name}, version {dataset.digest[:12]}, {what}"
         if missing:
-            self.missing += 1
-            self.incomplete.setdefault(dataset.name, dataset)
-            say(f"missing: {what}: {', '.join(missing)} in no part; run stage 1 again")
+            self._miss(dataset, what, f"{', '.join(missing)} in no part")
         if moved:
-            self._bad(f"{what}: {', '.join(moved)} not where the data set says; run stage 1 again")
+            told = f"{dataset.name}, version {dataset.digest[:12]}, {what}: {', '.join(moved)}"
+            self._bad(f"{told} not where the data set says; run stage 1 again")
+
+    def _miss(self, dataset: DataSet, what: str, lacks: str) -> None:
+        self.missing += 1
+        self.incomplete.setdefault(dataset.name, dataset)
+        say(f"missing: {dataset.name}, version {dataset.digest[:12]}, {what}: {lacks}; run stage 1 again")
 
     def sources(self) -> None:
         """Look whether stage 1 can read what it remembers of videos, which it can do without."""
         if self._quick:
             return
-        from preprocess.sources import FILE, Sources  # late: it knows the decoders
+        from preprocess.sources import FILE, known_sources  # late: it knows the decoders
 
         try:
-            Sources(self._cache)
+            for _ in known_sources(self._storage):
+                pass
         except (CacheError, AttributeError, KeyError, TypeError, ValueError) as error:
             told = str(error) if isinstance(error, CacheError) else f"{FILE}: is not what stage 1 writes ({error})"
             self._bad(told.removeprefix(f"{self._storage.url}/"))
@@ -267,7 +292,7 @@ def main(argv: list[str]) -> int:
     with cache.writer() if config.repair else nullcontext(None) as writer:  # a writer removes what the dead left
         look = Verification(cache, writer, quick=config.quick)
         try:
-            for task in (look.stores, look.sources, look.datasets, look.leftovers):
+            for task in (look.stores, look.pictures, look.sources, look.datasets, look.leftovers):
                 task()
         except OSError as error:
             raise CacheError(f"{cache.url}: {error}; mend the disk or the permissions first") from error

@@ -4,6 +4,7 @@
       latents/<fingerprint>/      fingerprint.json  <part>.tar  <part>.parquet     video moments
       images/<fingerprint>/       the same                                          noised first frames
       embeddings/<fingerprint>/   the same                                          prompts
+      pictures/                   <sha256>.<format>                                 of validation (shared/pictures.py)
       sources.parquet             what was learnt of each source video
       datasets/<name>/            CURRENT and versions/<digest>/  (shared/dataset.py)
       writers/<id>/               a live writer's unfinished files and its lock
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from shared.errors import CacheError
-from shared.shards import FORMAT_VERSION, Location, Shard, read_index, read_member
+from shared.shards import FORMAT_VERSION, Location, Shard, read_index, read_member, value_bytes
 from shared.storage import FileLock, Storage, canonical_json, digest_of
 
 KEY_BYTES = 16
@@ -81,16 +82,15 @@ class Store:
         self.fingerprint = digest_of(self.facts, KEY_BYTES).hex()
         self.folder = f"{kind}/{self.fingerprint}"
         self._parts: list[str] = []
-        self._keys = np.empty(0, f"S{KEY_BYTES}")  # sorted; of equal keys the first part's comes first
+        self._keys = np.empty(0, f"S{KEY_BYTES}")  # sorted, each once: where the first part by name has it
         self._rows = np.empty(0, [("part", "i4"), ("offset", "i8"), ("size", "i8"), ("crc", "u4"), ("tokens", "i4")])
 
     def refresh(self) -> None:
         """Read the indexes that were published since the last look."""
         names = self.storage.names(self.folder)
         known = {f"{part}.parquet" for part in self._parts}
-        new = [name for name in names if name.endswith(".parquet") and name not in known]
-        parts, keys, rows = [*self._parts], [self._keys], [self._rows]
-        for name in new:
+        parts, keys, rows = [*self._parts], [self._keys[:0]], [self._rows[:0]]
+        for name in (name for name in names if name.endswith(".parquet") and name not in known):
             table, facts = read_index(self.storage.read(f"{self.folder}/{name}"), self.storage.full(name))
             if name != f"{facts['part']}.parquet":
                 raise CacheError(f"{self.storage.full(self.folder)}/{name}: is the index of part {facts['part']}")
@@ -101,22 +101,38 @@ class Store:
             found["size"] = table["size_bytes"].to_numpy()
             found["crc"] = table["crc32"].to_numpy()
             found["tokens"] = table["tokens"].fill_null(-1).to_numpy()
-            keys.append(np.array([key.as_py() for key in table["key"]], self._keys.dtype))
+            keys += [np.frombuffer(value_bytes(chunk), self._keys.dtype) for chunk in table["key"].chunks]
             rows.append(found)
             parts.append(facts["part"])
-        if new:  # only now: an index that is refused must not leave half of a look behind
-            all_keys, all_rows = np.concatenate(keys), np.concatenate(rows)
-            rank = np.argsort(np.argsort(np.array(parts)))  # "the first by part name counts"
-            order = np.lexsort((rank[all_rows["part"]], all_keys))
-            self._parts, self._keys, self._rows = parts, all_keys[order], all_rows[order]
+        if len(rows) > 1:  # only now: an index that is refused must not leave half of a look behind
+            self._parts, self._keys, self._rows = self._merged(parts, np.concatenate(keys), np.concatenate(rows))
+
+    def _merged(self, parts: list[str], keys: np.ndarray, rows: np.ndarray) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """What is known with new keys and their rows, which come part by part in the order of the parts' names.
+
+        What is known is copied, not sorted again: a run looks again after each part that it publishes.
+        """
+        keys, first = np.unique(keys, return_index=True)  # of equal keys the first part's by name
+        rows = rows[first]
+        if not len(self._keys):
+            return parts, keys, rows
+        places = np.searchsorted(self._keys, keys)
+        again = self._keys[np.minimum(places, len(self._keys) - 1)] == keys
+        old_rows = self._rows.copy() if again.any() else self._rows
+        for place, row in zip(places[again], rows[again], strict=True):
+            if parts[row["part"]] < parts[old_rows[place]["part"]]:
+                old_rows[place] = row
+        added = places[~again]
+        return parts, np.insert(self._keys, added, keys[~again]), np.insert(old_rows, added, rows[~again])
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
         """For each key the row that `location` and `tokens` take, until the next refresh; -1: not in the store."""
-        wanted = np.array(list(keys), self._keys.dtype)
-        if not len(self._keys):
+        known = self._keys  # once: a thread that publishes may refresh meanwhile
+        wanted = np.array(list(keys), known.dtype)
+        if not len(known):
             return np.full(len(wanted), -1)
-        rows = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
-        return np.where(self._keys[rows] == wanted, rows, -1)
+        rows = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        return np.where(known[rows] == wanted, rows, -1)
 
     def location(self, row: int) -> Location:
         """Where the member of a row that `find` gave lies."""

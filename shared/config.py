@@ -2,19 +2,26 @@
 
 Defaults < `--config FILE.toml` < flags. A file's keys are the flags' names; they are turned into the flags that they
 stand for and read by the same parser, so that a value means the same in both. The environment changes nothing.
+
+The flags of every command (shared/console.py) are about the terminal: they are no keys of
+files, and no record has them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import re
 import tomllib
 import typing
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, TypeVar
 
+from shared.console import Terminal, configure, fail
 from shared.errors import ConfigError
+from shared.help import help_text
 
 Config = TypeVar("Config")
 
@@ -29,18 +36,29 @@ def parse_config(config_type: type[Config], argv: list[str], prog: str) -> Confi
 
     Raises:
         ConfigError: a file that cannot be read, an unknown key, a value that `__post_init__` refuses.
-        SystemExit: a flag that does not parse (status 2), or `--help` (status 0); the parser has said why.
+        SystemExit: a flag that does not parse (status 2), which was said in one line; or `--help` (status 0).
     """
-    import tyro  # late: those that only read a configuration do not pay for the parser
-
+    argv = _take_terminal_flags(argv, prog)
+    if {"--help", "-h"} & set(argv):
+        print(help_text(config_type, prog), end="")
+        raise SystemExit(0)
     files, flags = _split_config_files(argv)
-    merged = [flag for file in files for flag in _flags_of(config_type, file)] + flags
-    return tyro.cli(config_type, args=_lower_choices(config_type, merged), prog=prog, use_underscores=True)
+    told = {_name(word) for word in flags if word.startswith("--")}
+    merged = [flag for file in files for flag in _flags_of(config_type, file, told)] + flags
+    return _parse(config_type, _lower_choices(config_type, merged), prog)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as plain values, for the records that each output carries."""
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    """The configuration as plain values, for the records that each output carries; of secrets, None."""
+    return {
+        field.name: None if field.metadata.get("secret") else getattr(config, field.name)
+        for field in dataclasses.fields(config)
+    }
+
+
+def secret() -> Any:
+    """A field for what no record, log or message may hold: by default None."""
+    return dataclasses.field(default=None, repr=False, metadata={"secret": True})
 
 
 def check_name(name: str) -> str:
@@ -52,6 +70,46 @@ def check_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise ConfigError(f"--dataset {name!r}: use letters, digits, '.', '_' and '-', at most 100")
     return name
+
+
+def _take_terminal_flags(argv: list[str], prog: str) -> list[str]:
+    """Set the terminal as its flags say, wherever they stand. Returns the other words."""
+    names = {field.name for field in dataclasses.fields(Terminal)}
+    given = {_name(word): word for word in argv if word.startswith("--") and _name(word) in names}
+    configure(Terminal(**dict.fromkeys(given, True)), prog.removeprefix("python -m "))
+    for name, word in given.items():
+        if "=" in word:
+            raise ConfigError(f"{word}: --{name} takes no value; give it alone, or leave it out")
+    return [word for word in argv if word not in given.values()]
+
+
+def _name(word: str) -> str:
+    """The name of the flag that a word gives."""
+    return word.removeprefix("--").partition("=")[0].replace("-", "_")
+
+
+def _parse(config_type: type[Config], words: list[str], prog: str) -> Config:
+    import tyro  # late: those that only read a configuration do not pay for the parser
+
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(config_type, args=words, prog=prog, use_underscores=True)
+    except SystemExit:
+        fail(_one_line(config_type, said.getvalue(), words, prog))
+        raise
+
+
+def _one_line(config_type: Any, said: str, words: list[str], prog: str) -> str:
+    """What the parser said in a box of several parts: the first of them, and the flags that may have been meant."""
+    rows = [line.strip("│ ") for line in said.splitlines() if line[:1] not in ("╭", "╰")]
+    bars = [place for place, row in enumerate(rows) if row.startswith("───")]
+    what = " ".join(" ".join(rows[: bars[0] if bars else None]).split()).rstrip(".")
+    names = [field.name for field in (*dataclasses.fields(config_type), *dataclasses.fields(Terminal))]
+    unknown = [word for word in words if word.startswith("--") and _name(word).removeprefix("no_") not in names]
+    close = [name for word in unknown for name in difflib.get_close_matches(_name(word), names, n=1)]
+    hint = f"; did you mean {' or '.join(f'--{name}' for name in dict.fromkeys(close))}?" if close else ""
+    return f"{what}{hint}{'' if close else ';'} see {prog} --help"
 
 
 def _split_config_files(argv: list[str]) -> tuple[list[Path], list[str]]:
@@ -68,22 +126,33 @@ def _split_config_files(argv: list[str]) -> tuple[list[Path], list[str]]:
     return files, flags
 
 
-def _flags_of(config_type: type, file: Path) -> list[str]:
-    """The flags that a TOML file stands for."""
+def _flags_of(config_type: type, file: Path, told: set[str]) -> list[str]:
+    """The flags that a TOML file stands for.
+
+    Args:
+        told: the flags of the command line; one that may be repeated takes the place of the file's.
+    """
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {file}: cannot be read ({error.strerror}); give a TOML file's path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {file}: not valid TOML: {error}") from error
-    types = typing.get_type_hints(config_type)
+    types = _types(config_type)
     flags: list[str] = []
     for key, value in table.items():
+        if key in {field.name for field in dataclasses.fields(Terminal)}:
+            raise ConfigError(f"{file}: {key} is about the terminal, not the run; give --{key} on the command line")
         if key not in types:
             close = difflib.get_close_matches(key, types, n=1)
             hint = f"; did you mean {close[0]}?" if close else "; see --help for the keys"
             raise ConfigError(f"{file}: unknown key {key!r}{hint}")
-        if isinstance(value, bool):
+        if typing.get_origin(types[key]) is tuple:
+            values = value if isinstance(value, list) else [value]
+            if not all(isinstance(one, str) for one in values):
+                raise ConfigError(f"{file}: {key} = {value!r}; must be a string, or a list of strings")
+            flags += [] if key in told else [f"--{key}={one}" for one in values]
+        elif isinstance(value, bool):
             if types[key] is not bool:
                 raise ConfigError(f"{file}: {key} = {str(value).lower()}; must not be a boolean")
             flags.append(f"--{key}" if value else f"--no_{key}")
@@ -96,10 +165,16 @@ def _flags_of(config_type: type, file: Path) -> list[str]:
     return flags
 
 
+def _types(config_type: Any) -> dict[str, Any]:
+    """The types of a configuration's fields."""
+    hints = typing.get_type_hints(config_type)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_type)}
+
+
 def _lower_choices(config_type: type, argv: list[str]) -> list[str]:
     """`argv` with the values of choices in lower case: `--optimizer Adam` is `--optimizer adam`."""
     choices = {}
-    for name, hint in typing.get_type_hints(config_type).items():
+    for name, hint in _types(config_type).items():
         words = [word for part in (hint, *typing.get_args(hint)) for word in typing.get_args(part)]
         choices[name] = {word for word in words if isinstance(word, str)}
     lowered = list(argv)

@@ -6,6 +6,7 @@
       samples.parquet   a row per sample, with the place of each of its members
       rejected.parquet  a row per clip left out, with its reason
       report.json       what the last run that published this version did
+      preview.html      shows it (preprocess/preview.py); no part of the version
 
 A version is named by the sha256 over the fingerprints and (sample_id, keys, bucket, weight) in manifest order, so that
 equal data sets are one version, and training can say which it saw.
@@ -19,7 +20,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +39,7 @@ from shared.storage import Storage, canonical_json, digest_of, fsync_folder
 MEMBER_KINDS = ("latent", "mirrored", "image", "embedding")
 STORE_OF = {"latent": "latents", "mirrored": "latents", "image": "images", "embedding": "embeddings"}
 ROW_GROUP = 65536
+BATCH_ROWS = 4096  # a divisor of ROW_GROUP: as dicts a row takes ten times what it takes in a table
 DEPENDED_ON = ("fingerprints", "random_flip")  # of dataset.json, by what training sees
 
 _KEY = pa.binary(KEY_BYTES)
@@ -94,17 +97,35 @@ def sample_id(source: str, start_s: float | None, end_s: float | None, mirrored:
     return digest_of([*facts, occurrence] if occurrence else facts, KEY_BYTES).hex()
 
 
-def version_digest(info: dict[str, Any], samples: Iterable[dict[str, Any]]) -> str:
+class VersionDigest:
     """The name of a version: sha256, hex, over what training depends on, in manifest order.
 
     Args:
         info: dataset.json: its fingerprints tell one encoding of a key from another.
     """
-    hasher = hashlib.sha256(canonical_json(["dataset", FORMAT_VERSION, *(info.get(name) for name in DEPENDED_ON)]))
-    for row in samples:
+
+    def __init__(self, info: dict[str, Any]) -> None:
+        facts = (info.get(name) for name in DEPENDED_ON)
+        self._hasher = hashlib.sha256(canonical_json(["dataset", FORMAT_VERSION, *facts]))
+        self.samples = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take the next sample's row."""
         keys = [None if row[f"{kind}_key"] is None else row[f"{kind}_key"].hex() for kind in MEMBER_KINDS]
-        hasher.update(canonical_json([row["sample_id"], *keys, row["bucket"], float(row["weight"])]))
-    return hasher.hexdigest()
+        self._hasher.update(canonical_json([row["sample_id"], *keys, row["bucket"], float(row["weight"])]))
+        self.samples += 1
+
+    def hexdigest(self) -> str:
+        """The name, of the rows so far."""
+        return self._hasher.hexdigest()
+
+
+def version_digest(info: dict[str, Any], samples: Iterable[dict[str, Any]]) -> str:
+    """The name of a version of these samples."""
+    digest = VersionDigest(info)
+    for row in samples:
+        digest.add(row)
+    return digest.hexdigest()
 
 
 def publish_dataset(
@@ -112,27 +133,30 @@ def publish_dataset(
     writer: Path,
     name: str,
     info: dict[str, Any],
-    samples: list[dict[str, Any]],
-    rejected: list[dict[str, Any]],
-    report: dict[str, Any],
+    samples: Iterable[dict[str, Any]],
+    rejected: Iterable[dict[str, Any]],
+    report: Callable[[], dict[str, Any]],
 ) -> str:
     """Write a version and make it the current one of its name. Returns the version's digest.
 
-    Publishing equal samples again keeps the version and renews the places of its members, its rejected and its report.
+    Few rows are in memory at a time. Publishing equal samples again keeps the version and renews the places of its
+    members, its rejected and its report.
 
     Args:
         writer: the writer's folder, where the version is built.
         info: for dataset.json; `name`, `digest`, `format_version` and `samples` are added.
         samples: rows of SAMPLES_SCHEMA in manifest order.
+        report: for report.json; asked once all rows are taken.
     """
-    digest = version_digest(info, samples)
     build = writer / "dataset"
     shutil.rmtree(build, ignore_errors=True)
     build.mkdir()
-    info = {"format_version": FORMAT_VERSION, "name": name, "digest": digest, "samples": len(samples), **info}
-    _write_table(build / "samples.parquet", samples, SAMPLES_SCHEMA)
+    version = VersionDigest(info)
+    _write_table(build / "samples.parquet", samples, SAMPLES_SCHEMA, version.add)
     _write_table(build / "rejected.parquet", rejected, REJECTED_SCHEMA)
-    (build / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    digest = version.hexdigest()
+    info = {"format_version": FORMAT_VERSION, "name": name, "digest": digest, "samples": version.samples, **info}
+    (build / "report.json").write_text(json.dumps(report(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (build / "dataset.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for file in build.iterdir():
         with file.open("rb") as handle:
@@ -159,10 +183,31 @@ def _publish_folder(storage: Storage, build: Path, folder: str) -> None:
         storage.publish(file, f"{folder}/{file.name}")
 
 
-def _write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+def _write_table(
+    path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema, note: Callable[[dict[str, Any]], None] | None = None
+) -> None:
+    """Write rows in groups of ROW_GROUP, of which few are Python's at a time; `note` is told of each."""
     with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
-        for start in range(0, max(len(rows), 1), ROW_GROUP):
-            writer.write_table(pa.Table.from_pylist(rows[start : start + ROW_GROUP], schema))
+        waiting: list[dict[str, Any]] = []
+        batches: list[pa.RecordBatch] = []
+
+        def write_group() -> None:
+            writer.write_table(pa.Table.from_batches(batches, schema), row_group_size=ROW_GROUP)
+            batches.clear()
+
+        for row in rows:
+            if note:
+                note(row)
+            waiting.append(row)
+            if len(waiting) == BATCH_ROWS:
+                batches.append(pa.RecordBatch.from_pylist(waiting, schema))
+                waiting.clear()
+                if len(batches) * BATCH_ROWS == ROW_GROUP:
+                    write_group()
+        if waiting:
+            batches.append(pa.RecordBatch.from_pylist(waiting, schema))
+        if batches:
+            write_group()
 
 
 @dataclass(frozen=True)
@@ -196,22 +241,36 @@ class DataSet:
             raise CacheError(f"{storage.full(path)}: other columns than format version {FORMAT_VERSION} has")
         return file
 
-    def columns(self, *names: str) -> pa.Table:
-        """Some columns of samples.parquet, in manifest order."""
+    @contextmanager
+    def _reading(self) -> Iterator[pq.ParquetFile]:
+        """samples.parquet, opened; what is wrong with it is a CacheError."""
         try:
-            return self._file.read(columns=list(names))
+            yield self._file
         except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: not UTF-8
             path = self.cache.storage.full(f"{self.folder}/samples.parquet")
             raise CacheError(f"{path}: cannot be read ({error}); run stage 1 again for it") from error
 
+    @property
+    def num_rows(self) -> int:
+        """How many samples there are."""
+        return int(self._file.metadata.num_rows)
+
+    def columns(self, *names: str) -> pa.Table:
+        """Some columns of samples.parquet, in manifest order."""
+        with self._reading() as file:
+            return file.read(columns=list(names))
+
+    def batches(self, *names: str, rows: int = ROW_GROUP) -> Iterator[pa.RecordBatch]:
+        """Some columns of samples.parquet in pieces, in manifest order; one row group is in memory at a time."""
+        with self._reading() as file:
+            for group in range(file.num_row_groups):  # not iter_batches: it keeps a gigabyte of ten million rows
+                yield from file.read_row_group(group, list(names), use_threads=True).to_batches(rows)
+
     def rows(self, *names: str) -> Iterator[dict[str, Any]]:
         """Some columns of samples.parquet as rows, in manifest order; few are in memory at a time."""
-        try:
-            for batch in self._file.iter_batches(4096, columns=list(names)):
+        with self._reading():
+            for batch in self.batches(*names, rows=BATCH_ROWS):
                 yield from batch.to_pylist()
-        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: not UTF-8
-            path = self.cache.storage.full(f"{self.folder}/samples.parquet")
-            raise CacheError(f"{path}: cannot be read ({error}); run stage 1 again for it") from error
 
     def store_folder(self, kind: str) -> str:
         """The folder, relative to the cache, of the parts of a kind of member (`latent`, `embedding`, ...).

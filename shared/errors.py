@@ -5,8 +5,10 @@
     ├── ManifestError    a line of a manifest: the caption, the path, the count
     ├── ModelError       a model folder that is incomplete, or not what was expected
     ├── CacheError       a cache, shard, index or data set that is missing, damaged or foreign
+    │   └── NetworkError a remote one that does not answer, or refuses: nothing is known of what lies there
     ├── CheckpointError  a training checkpoint that is torn, foreign or in use
     ├── LoraError        a LoRA file that does not fit
+    ├── HubError         the hub does not answer, or refuses: what was to be sent is still here
     └── VideoError       one clip that cannot be used: stage 1 records its reason and goes on
 
 Anything else that is raised is a defect of ours and keeps its traceback (exit status 1).
@@ -14,9 +16,13 @@ Anything else that is raised is a defect of ours and keeps its traceback (exit s
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
+
+from shared import console
 
 REJECTION_REASONS = {
     "unreadable": "the file cannot be opened as a video, or its frames cannot be decoded",
@@ -29,6 +35,13 @@ REJECTION_REASONS = {
     "decoder_crashed": "the decoder killed its process",
     "non_finite": "the VAE's encoding holds NaN or infinity",
 }
+
+
+# Libraries that PEFT and diffusers import where they are installed, used or not, and that then warn of lacking what
+# another machine would have, such as compiled kernels.
+NOISY = (
+    "torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "diffusers.quantizers.torchao.torchao_quantizer",
+)  # fmt: skip
 
 
 class UserError(Exception):
@@ -51,12 +64,20 @@ class CacheError(UserError):
     """A cache, shard, index or data set that is missing, damaged or made for another model."""
 
 
+class NetworkError(CacheError):
+    """A remote cache that does not answer, or refuses: nothing is known of what lies there."""
+
+
 class CheckpointError(UserError):
     """A training checkpoint that is torn, foreign or in use."""
 
 
 class LoraError(UserError):
     """A LoRA file that does not fit the model, or is no LoRA."""
+
+
+class HubError(UserError):
+    """The hub does not answer, or refuses: what was to be sent to it is still here."""
 
 
 class VideoError(UserError):
@@ -77,17 +98,22 @@ class VideoError(UserError):
 def run_command(main: Callable[[list[str]], int], argv: list[str] | None = None) -> None:
     """Run a command's main and leave the process with its status: a UserError is one line on stderr and status 2.
 
-    `LATENTREEL_DEBUG=1` keeps the traceback of a UserError.
+    `--debug`, or `LATENTREEL_DEBUG=1`, prints the traceback of a UserError before that line.
     """
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         status = main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        if os.environ.get("LATENTREEL_DEBUG") == "1":
-            raise
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        debug = console.terminal().debug or os.environ.get("LATENTREEL_DEBUG") == "1"
+        console.fail(" ".join(str(error).split()), traceback.format_exc() if debug else None)
         status = 2
     except BrokenPipeError:  # `python -m ... | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except Exception as error:
+        if not console.terminal().log_json:
+            raise
+        console.fail(f"{type(error).__name__}: {error}", traceback.format_exc())
         status = 1
     sys.exit(status)

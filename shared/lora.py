@@ -7,9 +7,11 @@ weight 1.0 with the strength it was trained at) and `latentreel` (what it was tr
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,28 +51,79 @@ class LoraFacts:
     height: int
     width: int
     fps: float
+    dropout: float = 0.0  # of the LoRA's inputs while training; PEFT's configuration would drop them ever after
+    clips: int | None = None  # of the data set; None: written by a version that did not say
+    image_factor: str | None = None  # of first frames, a choice of `Facts.image_factor`; None: text-to-video
+    drop_learned_positions: bool = False
 
 
-def add_lora(transformer: Any, *, rank: int, alpha: float, target_modules: Sequence[str], seed: int) -> None:
+def add_lora(
+    transformer: Any,
+    *,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str],
+    seed: int,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+) -> None:
     """Inject a LoRA in float32 into a frozen transformer; its A matrices are drawn from `seed`, B are zero.
 
+    Args:
+        target_modules: linear layers, by the ends of their names.
+        use_rslora: scale by alpha / sqrt(rank) instead of alpha / rank.
+        use_dora: with a magnitude for each output, at first that of the frozen weights, so that nothing changes.
+
     Raises:
-        LoraError: no module of that name.
+        LoraError: no linear layer of that name.
     """
     import torch
     from peft import LoraConfig
 
+    _check_targets(transformer, target_modules)
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, init_lora_weights=True, target_modules=list(target_modules), lora_dropout=0.0
+        r=rank,
+        lora_alpha=alpha,
+        init_lora_weights=True,
+        target_modules=list(target_modules),
+        lora_dropout=0.0,  # train/dropout.py draws by place; and diffusers would drop inputs when it loads the file
+        use_rslora=use_rslora,
+        use_dora=use_dora,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            transformer.add_adapter(config, adapter_name=ADAPTER)
-        except ValueError as error:
-            raise LoraError(f"--target_modules {','.join(target_modules)}: {error}") from error
+        transformer.add_adapter(config, adapter_name=ADAPTER)
     for parameter in trainable(transformer):
         parameter.data = parameter.data.float()
+    for _, layer in lora_layers(transformer):
+        if use_dora:  # again, as PEFT rounded the magnitudes to the dtype of the frozen weights
+            magnitude = layer.lora_magnitude_vector[ADAPTER].weight
+            magnitude.data = torch.linalg.norm(layer.get_base_layer().weight.to(magnitude.dtype), dim=1)
+
+
+def _check_targets(transformer: Any, target_modules: Sequence[str]) -> None:
+    """PEFT passes over a name that matches nothing as long as another one matches."""
+    import torch
+
+    kinds = {name: isinstance(module, torch.nn.Linear) for name, module in transformer.named_modules()}
+    there = sorted({re.sub(r"^transformer_blocks\.\d+\.", "", name) for name, is_linear in kinds.items() if is_linear})
+    for target in target_modules:
+        matched = [is_linear for name, is_linear in kinds.items() if f".{name}".endswith(f".{target}")]
+        if matched and all(matched):
+            continue
+        endings = sorted({name.split(".", count)[-1] for name in there for count in range(name.count(".") + 1)})
+        near = difflib.get_close_matches(target, endings)
+        raise LoraError(
+            f"--target_modules {target}: {'is not a linear layer' if matched else 'no layer has a name that ends so'}"
+            f"{'; did you mean ' + ' or '.join(near) + '?' if near else ''}; there are {', '.join(there)}"
+        )
+
+
+def lora_layers(transformer: Any) -> Iterator[tuple[str, Any]]:
+    """PEFT's layers (name, module) that `add_lora` put in the place of the target modules, in a fixed order."""
+    for name, module in transformer.named_modules():
+        if ADAPTER in getattr(module, "lora_A", ()):
+            yield name, module
 
 
 def trainable(transformer: Any) -> list[torch.nn.Parameter]:
@@ -90,30 +143,43 @@ def lora_state(transformer: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def save_lora(transformer: Any, folder: Path, facts: LoraFacts) -> Path:
-    """Write `FILE_NAME` into `folder`, complete or not at all.
+def adapter_metadata(transformer: Any) -> dict[str, Any]:
+    """PEFT's configuration of the LoRA as a file holds it, under diffusers' names."""
+    adapter = transformer.peft_config[ADAPTER].to_dict()
+    packed = {f"{PREFIX}{key}": sorted(value) if isinstance(value, set) else value for key, value in adapter.items()}
+    return dict(json.loads(json.dumps(packed)))
+
+
+def describe_lora(adapter: dict[str, Any], facts: LoraFacts) -> dict[str, str]:
+    """The metadata of a LoRA file.
+
+    Args:
+        adapter: as `adapter_metadata` has it.
+    """
+    return {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(adapter, indent=2, sort_keys=True),
+        "latentreel": canonical_json(asdict(facts)).decode(),
+    }
+
+
+def save_lora(transformer: Any, folder: Path, facts: LoraFacts, name: str = FILE_NAME) -> Path:
+    """Write a LoRA file into `folder`, complete or not at all.
 
     Raises:
         LoraError: a matrix is empty or not finite: nothing is written.
     """
     import torch
-    from safetensors.torch import save
 
     state = lora_state(transformer)
-    for name, value in state.items():
+    for key, value in state.items():
         if not value.numel() or not torch.isfinite(value).all():
-            raise LoraError(f"{name}: shape {tuple(value.shape)}, must be finite and not empty; nothing was written")
-    adapter = transformer.peft_config[ADAPTER].to_dict()
-    packed = {f"{PREFIX}{key}": sorted(value) if isinstance(value, set) else value for key, value in adapter.items()}
-    metadata = {
-        "format": "pt",
-        "lora_adapter_metadata": json.dumps(packed, indent=2, sort_keys=True),
-        "latentreel": canonical_json(asdict(facts)).decode(),
-    }
-    path = folder / FILE_NAME
-    temporary = folder / f".{FILE_NAME}.tmp"
+            raise LoraError(f"{key}: shape {tuple(value.shape)}, must be finite and not empty; nothing was written")
+    metadata = describe_lora(adapter_metadata(transformer), facts)
+    path = folder / name
+    temporary = folder / f".{name}.tmp"
     with temporary.open("wb") as file:
-        file.write(_with_sorted_header(save(state, metadata)))
+        file.write(pack_lora(state, metadata))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -121,8 +187,11 @@ def save_lora(transformer: Any, folder: Path, facts: LoraFacts) -> Path:
     return path
 
 
-def _with_sorted_header(data: bytes) -> bytes:
+def pack_lora(state: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
     """The bytes of a safetensors file with its header in a fixed order: the library writes metadata in a random one."""
+    from safetensors.torch import save
+
+    data = save(state, metadata)
     size = int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # tensors start at a multiple of 8 bytes
@@ -145,14 +214,18 @@ def load_lora_state(transformer: Any, path: Path) -> None:
     found = {name: tuple(value.shape) for name, value in state.items()}
     if shapes != found:
         differing = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
-        raise LoraError(f"{path}: {len(differing)} matrices differ from this run's LoRA, the first {differing[0]}")
+        first = differing[0]
+        raise LoraError(
+            f"{path}: {len(differing)} matrices differ from this run's LoRA, the first {first}: "
+            f"{found.get(first, 'none')} in the file, {shapes.get(first, 'none')} in the run"
+        )
     with torch.no_grad():
         set_peft_model_state_dict(
             transformer, {name.removeprefix(PREFIX): value for name, value in state.items()}, adapter_name=ADAPTER
         )
 
 
-def find_lora(path: str) -> Path:
+def find_lora(path: str, flag: str = "--lora") -> Path:
     """The LoRA file that `path` names: a file, or a folder (a run, a checkpoint) that holds `FILE_NAME`.
 
     Raises:
@@ -161,7 +234,7 @@ def find_lora(path: str) -> Path:
     given = Path(path).expanduser()
     file = given / FILE_NAME if given.is_dir() else given
     if not file.is_file():
-        raise LoraError(f"--lora {path}: no such file, and no folder with {FILE_NAME}")
+        raise LoraError(f"{flag} {path}: no such file, and no folder with {FILE_NAME}")
     return file
 
 

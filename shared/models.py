@@ -56,6 +56,17 @@ class Facts:
         """Whether the transformer takes an image condition beside the latents."""
         return self.in_channels == 2 * self.latent_channels
 
+    def image_factor(self, choice: str) -> float:
+        """What encodings of first frames are multiplied by.
+
+        Args:
+            choice: `pipeline`, as diffusers' pipeline does: by the scaling factor, or by its inverse where the VAE's
+                config sets `invert_scale_latents`; `scale`: by the scaling factor; `one`: they are left as they are.
+        """
+        if choice == "one":
+            return 1.0
+        return 1 / self.scaling_factor if choice == "pipeline" and self.invert_scale_latents else self.scaling_factor
+
     @property
     def native_fps(self) -> int:
         """Frames per second that the checkpoint was trained at: 8 for CogVideoX 1.0, 16 for 1.5."""
@@ -242,6 +253,18 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
     return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
 
 
+def lacking_bytes(path: Path) -> int:
+    """Bytes that a safetensors file is too short by, as its own header tells: of a download that broke off.
+
+    Raises:
+        ModelError: it has no whole header.
+    """
+    end = max(int(tensor["data_offsets"][1]) for tensor in _safetensors_header(path).values())
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+    return 8 + header_bytes + end - path.stat().st_size
+
+
 def choose_device() -> str:
     """`cuda` where there is one, else `cpu`. Without a GPU's device file torch need not be asked."""
     if not any(Path(file).exists() for file in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
@@ -286,12 +309,18 @@ def load_text_encoder(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, 
     return tokenizer, encoder.requires_grad_(False).eval()
 
 
-def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """The transformer (`CogVideoXTransformer3DModel`), frozen, on the CPU."""
+def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, *, drop_learned_positions: bool = False) -> Any:
+    """The transformer (`CogVideoXTransformer3DModel`), frozen, on the CPU.
+
+    Args:
+        drop_learned_positions: leave out the table of learned positions (5B-I2V), whose RoPE stays.
+    """
     from diffusers import CogVideoXTransformer3DModel
 
     checkpoint.weight_files("transformer")
     transformer = CogVideoXTransformer3DModel.from_pretrained(
         checkpoint.folder, subfolder="transformer", torch_dtype=dtype, variant=checkpoint.variant, use_safetensors=True
     )
+    if drop_learned_positions:
+        transformer.patch_embed.use_learned_positional_embeddings = False
     return transformer.requires_grad_(False)

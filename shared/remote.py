@@ -15,10 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shared.errors import CacheError, ConfigError
+from shared.errors import ConfigError, NetworkError
 
 RETRY_SECONDS = (0.5, 1, 2, 4, 8, 16)  # pauses between tries, half as much again or less at random
 UPLOAD_PART_BYTES = 16 << 20  # larger files go up in parts of this size, each tried again by itself
+CONNECTIONS = 64  # of a process to one S3 at a time; botocore's own 10 would hold up readers that read ahead
 UPLOADS = 4  # parts on their way at a time: what a writer holds in memory of a file
 MOST_PARTS = 10_000  # that S3 takes for one object
 PUT_IS_ATOMIC = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "hf", "memory"}  # seen when whole
@@ -35,6 +36,7 @@ TRANSIENT_CLASSES = {
 }  # fmt: skip
 
 _WITH_USER = re.compile(r"://[^@\s]*@")
+_WITH_QUERY = re.compile(r"(://[^\s'\"?]*)\?[^\s'\"]*")
 
 T = TypeVar("T")
 
@@ -43,13 +45,13 @@ def check_url(url: str) -> None:
     """Refuse what fsspec or webdataset would run or chain (`pipe:`, `a::b`), and URLs that hold credentials."""
     scheme, is_url, rest = url.partition("://")
     if "::" in url or (scheme if is_url else url.partition(":")[0]).strip().lower() in {"pipe", "exec", "shell"}:
-        shown = _WITH_USER.sub("://...@", url)
+        shown = _WITH_USER.sub("://...@", url).partition("?")[0]
         raise ConfigError(f"{shown}: commands and chained URLs are refused; give a folder or a plain URL")
     if not is_url or scheme == "file":
         return
     host = rest.partition("/")[0]
     user, at, _ = host.rpartition("@")
-    password = ":" in user or (at and scheme in ("s3", "s3a"))
+    password = ":" in user or (at and scheme in ("s3", "s3a", "http", "https"))
     password = password or not re.fullmatch(r"[^:]*(:\d*)?|\[.*\](:\d*)?|arn:.*", host.rpartition("@")[2])  # `KEY:a/b@`
     if password or "?" in rest or "#" in rest:
         raise ConfigError(
@@ -76,8 +78,11 @@ class Remote:
         if self._is_s3:
             # botocore's own tries, times those of s3fs, times ours, would keep a wrong endpoint from being told
             own = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
-            settings = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60, **own}
+            settings = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}
+            settings |= {"max_pool_connections": CONNECTIONS, **own}
             options |= {"config_kwargs": settings, "max_concurrency": UPLOADS}
+        elif protocol in ("http", "https"):
+            options |= {"client_kwargs": {"trust_env": True}, "get_client": _http_client}
         try:
             self._system, self._root = fsspec.core.url_to_fs(url, **options)
         except (ImportError, ValueError) as error:  # the protocol's package is missing, or there is no such protocol
@@ -93,7 +98,7 @@ class Remote:
 
         Raises:
             FileNotFoundError: there is no such path, and nothing is written.
-            CacheError: it failed for good, or too often.
+            NetworkError: it failed for good, or too often.
         """
         for pause in (*RETRY_SECONDS, None):
             try:
@@ -104,13 +109,14 @@ class Remote:
                 if type(error).__module__ == "builtins" and not isinstance(error, OSError):
                     raise  # a defect of ours
                 if pause is None or not is_transient(error):
-                    raise CacheError(self._told(path, error, tries=len(RETRY_SECONDS) + 1)) from error
+                    raise NetworkError(self._told(path, error, tries=len(RETRY_SECONDS) + 1)) from error
             time.sleep(pause * random.SystemRandom().uniform(0.5, 1.5))  # many writers do not come back at once
         raise AssertionError("the last pause is None")
 
     def _told(self, path: str, error: Exception, tries: int) -> str:
         where = f"{self.url}/{path}" if path else self.url
         what = _WITH_USER.sub("://...@", str(error)) or type(error).__name__  # an endpoint's URL may hold a password
+        what = _WITH_QUERY.sub(r"\1?...", what)  # where a server sends readers on to, with a signature
         if is_transient(error):
             return f"{where}: {what} (tried {tries} times); run the same command again when the network is well"
         if isinstance(error, FileNotFoundError):
@@ -134,6 +140,14 @@ class Remote:
             system.mv(f"{folder}/.{name}.tmp", target)
 
         self.ask(path, put, writing=True)
+
+
+async def _http_client(**settings: Any) -> Any:
+    """A session of HTTP whose time limits are those of S3: a long download is right while bytes come."""
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)
+    return aiohttp.ClientSession(**{"timeout": timeout, **settings})
 
 
 def status_of(error: BaseException) -> int | None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,10 +100,62 @@ def cache(tmp_path_factory: pytest.TempPathFactory, tiny_2b: Path, clips: Path) 
     return folder
 
 
+@pytest.fixture(scope="session")
+def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny image-to-video checkpoint that takes any size."""
+    return tiny_model.build(tmp_path_factory.mktemp("models") / "1.5-5b-i2v", "1.5-5b-i2v")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures, and rows.jsonl of validation videos that start from them."""
+    from tests.rows import write_pictures
+
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def image_cache(tmp_path_factory: pytest.TempPathFactory, image_model: Path, clips: Path, pictures: Path) -> Path:
+    """A cache of `image_model`, whose data set `squares` holds the rows of `pictures`."""
+    from tests.rows import stage_1
+
+    folder = tmp_path_factory.mktemp("image-cache")
+    assert stage_1(folder, image_model, clips, "--validation_prompts", pictures / "rows.jsonl") == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def facts(tiny_2b: Path) -> Any:
+    """What the configs of `tiny_2b` say."""
+    from shared.models import open_checkpoint
+
+    return open_checkpoint(str(tiny_2b), revision=None, variant=None, cache_dir=None, weights=("transformer",)).facts
+
+
+@pytest.fixture(scope="session")
+def squares(cache: Path) -> Any:
+    """The data set `squares` of `cache`."""
+    from shared.cache import Cache
+    from shared.dataset import open_dataset
+
+    return open_dataset(Cache(str(cache)), "squares")
+
+
+@pytest.fixture(scope="session")
+def samples(squares: Any) -> Any:
+    """Its samples, as training has them."""
+    from train.samples import Samples
+
+    return Samples(squares)
+
+
 @pytest.fixture
 def cache_copy(cache: Path, tmp_path: Path) -> Path:
     """A cache that a test may damage."""
     return Path(shutil.copytree(cache, tmp_path / "cache"))
+
+
+WARNINGS = "default,ignore:`torch.jit:DeprecationWarning"  # the latter in libraries, as in pyproject.toml
 
 
 def run_command(*words: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -110,7 +163,7 @@ def run_command(*words: str, timeout: float = 300, **environment: str) -> subpro
     return subprocess.run(
         [sys.executable, *words],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": WARNINGS, **environment},
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from preprocess import encode, pipeline
+from preprocess import encode, pipeline, units
 from preprocess.decode import Clip, make_preview
 from preprocess.probe import probe
 from preprocess.video import read_frames
@@ -69,6 +69,10 @@ class StandInVideoEncoder:
     def __init__(self, checkpoint: Any, dtype: str, cache_dtype: str, *, slicing: bool, tiling: bool) -> None:
         self._cache_dtype = cache_dtype
 
+    def encode_later(self, frames: np.ndarray) -> Any:
+        """As VideoEncoder."""
+        return SimpleNamespace(array=lambda: self.encode(frames))
+
     def encode(self, frames: np.ndarray) -> np.ndarray:
         """As VideoEncoder."""
         few = frames[:, ::4, ::8, ::8].mean(-1)[:, None]
@@ -78,7 +82,7 @@ class StandInVideoEncoder:
 def use_stand_ins(patch: pytest.MonkeyPatch) -> None:
     """Let stage 1 do all that it does, but for decoding in children and running models."""
     patch.setattr(pipeline, "DecodePool", InProcessPool)
-    patch.setattr(pipeline, "gc", SimpleNamespace(collect=lambda: 0))  # there is no T5 to free
+    patch.setattr(units, "gc", SimpleNamespace(collect=lambda: 0))  # there is no T5 to free
     patch.setattr(encode, "TextEncoder", StandInTextEncoder)
     patch.setattr(encode, "VideoEncoder", StandInVideoEncoder)
 

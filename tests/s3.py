@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 import struct
 import subprocess
@@ -26,6 +27,7 @@ class Network(ThreadingHTTPServer):
             the request is carried out and its reply is lost.
         latency_s: added to each request.
         seen: method and path of each request, in order.
+        most_at_once: the most requests that were on their way at a time.
     """
 
     daemon_threads = True
@@ -33,6 +35,8 @@ class Network(ThreadingHTTPServer):
     def __init__(self, port: int) -> None:
         super().__init__(("127.0.0.1", 0), _Request)
         self.target = port
+        self._counting = threading.Lock()
+        self._at_once = 0
         self.be_well()
 
     def be_well(self) -> None:
@@ -40,6 +44,13 @@ class Network(ThreadingHTTPServer):
         self.fault: Fault = lambda method, path: None
         self.latency_s = 0.0
         self.seen: list[tuple[str, str]] = []
+        self.most_at_once = 0
+
+    def count(self, step: int) -> None:
+        """One more request is on its way, or (-1) one less."""
+        with self._counting:
+            self._at_once += step
+            self.most_at_once = max(self.most_at_once, self._at_once)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Connections that were dropped on purpose, or by a client that was killed."""
@@ -50,6 +61,13 @@ class _Request(BaseHTTPRequestHandler):
     server: Network
 
     def relay(self) -> None:
+        self.server.count(1)
+        try:
+            self.relay_one()
+        finally:
+            self.server.count(-1)
+
+    def relay_one(self) -> None:
         self.server.seen.append((self.command, self.path))
         fault = self.server.fault(self.command, self.path)
         time.sleep(self.server.latency_s)
@@ -141,3 +159,23 @@ def server(log: Path) -> Iterator[Network]:
     finally:
         moto.kill()
         moto.wait()
+
+
+@contextmanager
+def reached(log: Path) -> Iterator[Network]:
+    """A running server with an empty bucket `lab`, and the environment that leads to it."""
+    import fsspec
+    import pytest
+
+    with server(log) as network, pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        patch.setenv("AWS_ACCESS_KEY_ID", KEY_ID)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{network.server_port}")
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        fsspec.filesystem("s3").clear_instance_cache()
+        fsspec.filesystem("s3").mkdir("lab")
+        yield network
+        fsspec.filesystem("s3").clear_instance_cache()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from shared.cache import Cache
 from shared.dataset import open_dataset
 from shared.digests import file_digest
-from shared.errors import CacheError, LoraError, ModelError, UserError
+from shared.errors import CacheError, LoraError, UserError
 from shared.lora import FILE_NAME, TARGET_MODULES, LoraFacts, add_lora, lora_state
 from shared.models import load_transformer, open_checkpoint
 from tests import tiny_model
@@ -101,14 +101,18 @@ def test_a_bucket_beyond_the_positions_of_1_5_is_refused(cache, model):
     change(model, "transformer", patch_size_t=2, sample_height=300, sample_width=300)
     dataset = open_dataset(Cache(str(cache)), "squares")
     check_dataset(dataset, opened(model), ["81x768x1360", "9x2400x2400"])
-    with pytest.raises(CacheError, match="bucket 9x64x2416 is larger than the positions"):
+    with pytest.raises(CacheError, match=r"size 9x64x2416: .* for 2400 x 2400 pixels at most; use 9x64x2400"):
         check_dataset(dataset, opened(model), ["81x768x1360", "9x64x2416"])
 
 
-def test_an_image_to_video_checkpoint_is_refused_for_now(cache, tmp_path):
+def test_an_image_to_video_checkpoint_needs_first_frames_and_is_told_how_they_are_made(cache, tmp_path):
     model = tiny_model.build(tmp_path / "i2v", "5b-i2v")
-    line = refusal(cache, model, tmp_path / "run", ModelError)
-    assert line.startswith(f"{model}: is CogVideoX 1.0 image-to-video (RoPE); image-to-video is not trained")
+    line = refusal(cache, model, tmp_path / "run", CacheError)
+    assert line.startswith(
+        f"data set squares in {cache}: has no encodings of first frames, and {model} is CogVideoX 1.0 image-to-video "
+        f"(RoPE); make them with `python -m preprocess --cache {cache} --dataset squares "
+        f"--pretrained_model_name_or_path {model}`"
+    )
 
 
 def test_a_data_set_that_is_not_there_is_refused_by_name(cache, tmp_path):
@@ -125,12 +129,13 @@ FACTS = LoraFacts(
 )  # fmt: skip
 
 
-@pytest.fixture
-def transformer(tiny_2b):
+@pytest.fixture(params=["plain", "use_dora"])
+def transformer(tiny_2b, request):
     import torch
 
     transformer = load_transformer(opened(tiny_2b), torch.float32)
-    add_lora(transformer, rank=4, alpha=2.0, target_modules=TARGET_MODULES, seed=1)
+    dora = request.param == "use_dora"
+    add_lora(transformer, rank=4, alpha=2.0, target_modules=TARGET_MODULES, seed=1, use_dora=dora)
     return transformer
 
 
@@ -154,7 +159,16 @@ def rounded(path):
     save_file({name: value.bfloat16().float() for name, value in load_file(path).items()}, path, metadata=metadata)
 
 
-@pytest.mark.parametrize("spoil", [without_alpha, rounded])
+def of_another_kind(path):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    told = metadata["lora_adapter_metadata"].replace('use_rslora": false', 'use_rslora": true')
+    save_file(load_file(path), path, metadata={**metadata, "lora_adapter_metadata": told})
+
+
+@pytest.mark.parametrize("spoil", [without_alpha, rounded, of_another_kind])
 def test_a_file_that_comes_back_changed_is_refused(transformer, tmp_path, monkeypatch, spoil):
     save = check.save_lora
 

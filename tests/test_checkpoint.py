@@ -191,9 +191,17 @@ def test_another_format_is_refused(run):
         ("learning_rate", 0.5, 0.01),
         ("lr_scheduler", "cosine", "constant"),
         ("optimizer", "adam", "adamw"),
+        ("scale_lr", True, False),
         ("caption_dropout", 0.5, 0.0),
         ("timestep_sampling", "uniform", "stratified"),
         ("max_grad_norm", 2.0, 1.0),
+        ("use_rslora", True, False),
+        ("use_dora", True, False),
+        ("lora_dropout", 0.1, 0.0),
+        ("ema_decay", 0.9, None),
+        ("loss_weighting", "min_snr", "none"),
+        ("min_snr_gamma", 1.0, 5.0),
+        ("min_snr_floor", 0.2, 0.05),
     ],
 )
 @pytest.mark.usefixtures("no_weights")
@@ -204,6 +212,12 @@ def test_a_checkpoint_of_other_settings_is_refused_by_field(cache, run, flag, va
     line = only_line(str(caught.value))
     assert line.startswith(f"{run / 'checkpoint-6'}: {flag} was {was!r} and is now {value!r}; ")
     assert (run / "config.json").read_bytes() == told
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_other_target_modules_are_refused(cache, run):
+    with pytest.raises(CheckpointError, match=r"target_modules was \['to_k', .* and is now \['to_q'\]"):
+        resume(cache, run, target_modules="to_q")
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -219,7 +233,7 @@ def test_another_version_of_the_data_set_is_refused(cache_copy, run):
     info = {name: dataset.info[name] for name in dataset.info.keys() - {"name", "digest", "format_version", "samples"}}
     rows = dataset._file.read().to_pylist()[:-1]
     with cache.writer() as writer:
-        digest = publish_dataset(cache, writer, "squares", info, rows, [], {})
+        digest = publish_dataset(cache, writer, "squares", info, rows, [], dict)
     with pytest.raises(CheckpointError, match=f"dataset_digest was '{dataset.digest}' and is now '{digest}'"):
         resume(cache_copy, run)
 

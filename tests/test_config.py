@@ -233,7 +233,7 @@ def test_every_field_of_a_stage_has_its_help(stage):
     tree = ast.parse((ROOT / stage / "config.py").read_text(encoding="utf-8"))
     (config_type,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == STAGES[stage])
     for field, after in itertools.pairwise(config_type.body):
-        if isinstance(field, ast.AnnAssign):
+        if isinstance(field, ast.AnnAssign) and ast.unparse(field.annotation) != "ClassVar[str]":
             assert isinstance(after, ast.Expr), ast.unparse(field)
             assert isinstance(after.value, ast.Constant), ast.unparse(field)
             assert re.fullmatch(r"[^\n]{10,}\.", str(after.value.value)), ast.unparse(field)

@@ -97,7 +97,7 @@ SAMPLES = [sample(number) for number in range(4)]
 
 def publish(cache: Cache, samples: list[dict] = SAMPLES, name: str = "clips", **info) -> str:
     with cache.writer() as writer:
-        return publish_dataset(cache, writer, name, {**INFO, **info}, samples, REJECTED, REPORT)
+        return publish_dataset(cache, writer, name, {**INFO, **info}, samples, REJECTED, lambda: REPORT)
 
 
 def names_of(cache: Cache) -> list[str]:

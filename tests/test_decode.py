@@ -207,7 +207,8 @@ def test_leaving_cancels_what_runs_and_what_waits_at_once(clip):
 
 
 PARENT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are told to ignore it
 from preprocess.decode import DecodePool
 import psutil
 
@@ -225,8 +226,10 @@ if __name__ == "__main__":
 HANGING_CHILD = """
 import os, sys, time
 from preprocess import decode
+from shared.processes import die_with_parent, ignore_stop_signals
 
-decode._die_with_parent()
+ignore_stop_signals()
+die_with_parent()
 decode.probe = lambda path: time.sleep(600)
 decode.serve(sys.stdin.buffer, sys.stdout.buffer)
 """

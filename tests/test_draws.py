@@ -95,3 +95,10 @@ def test_booleans_come_with_their_probability(probability):
 def test_booleans_of_two_purposes_are_independent():
     drawn = [[draw_bool(1, step, 0, purpose, 0.5) for step in range(4000)] for purpose in ("mirror", "caption_dropout")]
     assert abs(np.corrcoef(np.array(drawn, float))[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_every_timestep_comes_from_the_first_to_the_last(stratified):
+    """999 is where sampling starts: one that is never drawn is never trained."""
+    drawn = {draw_timestep(0, step, 0, 4, stratified=stratified) for step in range(20_000)}
+    assert drawn == set(range(TIMESTEPS))

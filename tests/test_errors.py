@@ -1,5 +1,6 @@
 """What a command says and how it ends, for mistakes of the user and of ours."""
 
+import json
 import re
 import subprocess
 import sys
@@ -43,10 +44,11 @@ def test_main_is_given_the_words_of_the_command_line(monkeypatch):
     assert ended.value.code == 2
 
 
-def test_debug_keeps_the_traceback_of_a_user_error(monkeypatch):
+def test_debug_prints_the_traceback_of_a_user_error_before_its_line(monkeypatch, capsys):
     monkeypatch.setenv("LATENTREEL_DEBUG", "1")
-    with pytest.raises(ConfigError):
-        run_command(raising(ConfigError("rank = 0")), [])
+    assert status_of(raising(ConfigError("rank = 0"))) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert (lines[0], lines[-1]) == ("Traceback (most recent call last):", "error: rank = 0")
 
 
 @pytest.mark.parametrize(
@@ -54,16 +56,30 @@ def test_debug_keeps_the_traceback_of_a_user_error(monkeypatch):
     [
         ("ZeroDivisionError('ours')", "", 1, True),
         ("errors.CacheError('theirs')", "", 2, False),
-        ("errors.CacheError('theirs')", "1", 1, True),
+        ("errors.CacheError('theirs')", "1", 2, True),
     ],
 )
-def test_defects_keep_their_traceback_and_end_with_1(raised, debug, status, traceback):
+def test_only_defects_keep_their_traceback_and_end_with_1(raised, debug, status, traceback):
     code = f"from shared import errors\ndef main(argv): raise {raised}\nerrors.run_command(main, [])"
     environment = {"PYTHONPATH": str(ROOT), "LATENTREEL_DEBUG": debug}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == status
     assert ("Traceback" in done.stderr) == traceback
     assert len(done.stderr.splitlines()) == 1 or traceback
+
+
+def test_with_log_json_a_defect_is_one_line_that_holds_its_traceback():
+    code = (
+        "from shared import console, errors\n"
+        "console.configure(console.Terminal(log_json=True), 'train')\n"
+        "def main(argv): raise ZeroDivisionError('ours')\n"
+        "errors.run_command(main, [])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    (line,) = done.stderr.splitlines()
+    told = json.loads(line)
+    assert (done.returncode, told["level"], told["message"]) == (1, "error", "ZeroDivisionError: ours")
+    assert told["fields"]["traceback"].startswith("Traceback")
 
 
 def test_a_reader_that_has_seen_enough_is_no_traceback():
@@ -83,7 +99,7 @@ def test_a_reader_that_has_seen_enough_is_no_traceback():
 
 
 def test_the_tree_at_the_top_names_every_mistake_and_no_other():
-    drawn = set(re.findall(r"^    (?:├── |└── )?(\w+Error) ", errors.__doc__, re.MULTILINE))
+    drawn = set(re.findall(r"^    (?:│   )?(?:├── |└── )?(\w+Error) ", errors.__doc__, re.MULTILINE))
     defined = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, UserError)}
     assert drawn == defined
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess.frames import Placement, choose_bucket, choose_frames, place
+from preprocess.frames import Placement, choose_bucket, choose_frames, place, spread_frames
 from shared.errors import VideoError
 from shared.geometry import Bucket, largest_frame_count
 
@@ -205,3 +205,30 @@ def test_square_clip_between_two_aspects_does_not_hang_on_their_order():
 
 def test_clip_too_short_for_its_aspect_is_not_bent_into_another():
     assert reason_of(choose_bucket, [Bucket(49, 480, 720), Bucket(9, 720, 480)], 1080, 1620, 25) == "too_short"
+
+
+# --- frames spread over a segment
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 24, 40])
+@pytest.mark.parametrize("segment", [(None, None), (0.5, None), (None, 2.0), (1.0, 2.0)])
+@pytest.mark.parametrize("jitter", [0.0, 0.02])
+def test_spread_frames_are_those_in_view_at_the_middles_of_equal_spans(count, segment, jitter):
+    rng = np.random.default_rng(count)
+    times = 5.0 + np.arange(24) / 8 + jitter * rng.random(24)
+    since = [float(time - times[0]) for time in times]
+    start, end = (0.0 if segment[0] is None else segment[0]), (np.inf if segment[1] is None else segment[1])
+    inside = [index for index, time in enumerate(since) if start - 1e-3 <= time < end - 1e-3]
+    interval = float(np.median(np.diff(since)))
+    length = since[inside[-1]] - since[inside[0]] + interval
+    expected = set()
+    for number in range(count):
+        middle = since[inside[0]] + (number + 0.5) * length / count
+        expected.add(max(index for index in inside if since[index] <= middle + 1e-9))
+    assert spread_frames(times, count, *segment) == sorted(expected)
+
+
+def test_spread_frames_of_one_frame_and_of_none():
+    assert spread_frames(np.array([3.0]), 8, None, None) == [0]
+    with pytest.raises(VideoError, match=r"too_short: none of its 24 frames is shown from 9 s to the end"):
+        spread_frames(np.arange(24) / 8, 8, 9.0, None)

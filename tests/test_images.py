@@ -24,6 +24,7 @@ from tests.test_preprocess import preprocess, resized_frames
 
 KINDS = ("5b-i2v", "1.5-5b-i2v")
 FLAGS = ("--fps", "8")  # the clips' own, whatever the checkpoint's
+DROPPED = (*FLAGS, "--drop_learned_positions")  # for 5B-I2V, whose learned positions fit one size
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +52,9 @@ def manifest(clips, tmp_path_factory):
 def opened(models, manifest, tmp_path_factory):
     """By kind, a data set of the two clips with three variants, in float32."""
     root = tmp_path_factory.mktemp("caches")
-    flags = (*FLAGS, "--image_variants", "3", "--cache_dtype", "float32")
-    return {kind: preprocess(root / kind, models[kind], manifest, *flags) for kind in KINDS}
+    flags = ("--image_variants", "3", "--cache_dtype", "float32")
+    learned = {"5b-i2v": DROPPED, "1.5-5b-i2v": FLAGS}
+    return {kind: preprocess(root / kind, models[kind], manifest, *learned[kind], *flags) for kind in KINDS}
 
 
 def image(opened, row):
@@ -182,7 +184,7 @@ def test_text_to_video_and_image_to_video_share_moments(models, manifest, tmp_pa
     assert not (tmp_path / "cache" / "images").exists()
     reads = Reads(monkeypatch)
     capsys.readouterr()
-    second = preprocess(tmp_path / "cache", models["5b-i2v"], manifest, *FLAGS)
+    second = preprocess(tmp_path / "cache", models["5b-i2v"], manifest, *DROPPED)
     assert second.report["encoded"] == {"latents": 0, "images": 2, "embeddings": 0}
     assert second.report["reused"] == {"latents": 2, "images": 0, "embeddings": 3}
     assert second.report["bytes"].keys() == {"images"}
@@ -190,7 +192,7 @@ def test_text_to_video_and_image_to_video_share_moments(models, manifest, tmp_pa
     assert "encoded   0 clips, 0 prompts, 2 images" in capsys.readouterr().out
     assert [row["latent_part"] for row in second.rows] == [row["latent_part"] for row in first.rows]
     assert second.dataset.digest != first.dataset.digest
-    third = preprocess(tmp_path / "cache", models["5b-i2v"], manifest, *FLAGS)
+    third = preprocess(tmp_path / "cache", models["5b-i2v"], manifest, *DROPPED)
     assert third.report["encoded"] == {"latents": 0, "images": 0, "embeddings": 0}
     assert third.report["reused"] == {"latents": 2, "images": 2, "embeddings": 3}
     assert third.dataset.digest == second.dataset.digest
@@ -199,10 +201,10 @@ def test_text_to_video_and_image_to_video_share_moments(models, manifest, tmp_pa
 
 def test_another_number_of_variants_encodes_images_only(models, manifest, tmp_path, monkeypatch):
     reads = Reads(monkeypatch)
-    first = preprocess(tmp_path / "cache", models["5b-i2v"], manifest, *FLAGS, "--image_variants", "2")
+    first = preprocess(tmp_path / "cache", models["5b-i2v"], manifest, *DROPPED, "--image_variants", "2")
     assert first.report["encoded"] == {"latents": 2, "images": 2, "embeddings": 3}
     assert [len(indices) for indices in reads.indices] == [9, 9], "each clip is read once"
-    second = preprocess(tmp_path / "cache", models["5b-i2v"], manifest, *FLAGS, "--image_variants", "3")
+    second = preprocess(tmp_path / "cache", models["5b-i2v"], manifest, *DROPPED, "--image_variants", "3")
     assert second.report["encoded"] == {"latents": 0, "images": 2, "embeddings": 0}
     for before, after in zip(first.rows, second.rows, strict=True):
         assert before["image_key"] == after["image_key"]
@@ -222,7 +224,7 @@ def test_clips_that_share_a_first_frame_share_its_image_and_no_failure(models, c
     segments = [{"video": "a.mp4", "caption": f"to {end}", "start": 0, "end": end} for end in (4.0, 1.25, 1.75)]
     (folder / "m.jsonl").write_text("\n".join(map(json.dumps, segments)))
     size = ["--height", "64", "--width", "96", "--max_num_frames", "33"]
-    opened = preprocess(tmp_path / "cache", models["5b-i2v"], folder / "m.jsonl", *FLAGS, size=size)
+    opened = preprocess(tmp_path / "cache", models["5b-i2v"], folder / "m.jsonl", *DROPPED, size=size)
     assert [row["reason"] for row in opened.rejected] == ["unreadable"]
     assert [row["frames"] for row in opened.rows] == [9, 13]
     assert len({row["image_key"] for row in opened.rows}) == 1
@@ -238,7 +240,7 @@ def test_an_image_that_is_not_finite_rejects_its_clip(models, manifest, tmp_path
 
     monkeypatch.setattr(VideoEncoder, "encode_images", broken)
     with pytest.raises(UserError, match="non_finite"):
-        preprocess(tmp_path / "cache", models["5b-i2v"], manifest, *FLAGS)
+        preprocess(tmp_path / "cache", models["5b-i2v"], manifest, *DROPPED)
     assert not (tmp_path / "cache" / "images").exists()
 
 
@@ -246,7 +248,7 @@ def test_a_random_flip_is_refused_for_image_to_video(models, manifest, tmp_path)
     with pytest.raises(
         ConfigError, match=r"--random_flip 0.5: the checkpoint is CogVideoX 1.0 image-to-video"
     ) as error:
-        preprocess(tmp_path / "cache", models["5b-i2v"], manifest, *FLAGS, "--random_flip", "0.5")
+        preprocess(tmp_path / "cache", models["5b-i2v"], manifest, *DROPPED, "--random_flip", "0.5")
     assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "cache").exists()
 

@@ -17,7 +17,8 @@ from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file, save_file
 
 from infer.config import InferConfig
-from infer.generate import encode_prompts, generate
+from infer.embeddings import encode_prompts
+from infer.generate import generate
 from infer.lora import Lora
 from infer.recipe import Recipe
 from infer.request import resolve
@@ -77,6 +78,19 @@ def test_embeddings_are_the_pipelines_own_also_after_rounding(tiny_2b):
     assert torch.equal(rounded[""], negative.half())
 
 
+def test_dynamic_guidance_is_the_pipelines(tiny_2b, lora, tmp_path):
+    pipeline = CogVideoXPipeline.from_pretrained(tiny_2b)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(lora)
+    generator = torch.Generator().manual_seed(3)
+    frames = pipeline(f"SQR {PROMPT}", **SIZE, use_dynamic_cfg=True, generator=generator).frames[0]
+
+    (video,) = make(tmp_path / "dynamic", lora=str(lora), prompt=PROMPT, seed=3, use_dynamic_cfg=True)
+    (plain,) = make(tmp_path / "plain", lora=str(lora), prompt=PROMPT, seed=3)
+
+    assert recipe_of(video)["frames_sha256"] == frames_digest(frames) != recipe_of(plain)["frames_sha256"]
+
+
 @pytest.mark.parametrize("kind", ["2b", "5b"])
 def test_frames_are_those_of_a_plain_pipeline(kind, request, tmp_path):
     model = request.getfixturevalue(f"tiny_{kind}")
@@ -133,9 +147,9 @@ def test_scale_0_is_the_base_models_video_bit_for_bit(tiny_2b, tmp_path):
     (none,) = make(tmp_path, **told, lora_scale=0.0)
     (half,) = make(tmp_path, **told, lora_scale=0.5)
     (base,) = make(tmp_path, pretrained_model_name_or_path=str(tiny_2b), prompt=PROMPT, **SIZE)
-    assert recipe_of(base)["lora"] is None
+    assert recipe_of(base)["loras"] == []
     assert recipe_of(none)["frames_sha256"] == recipe_of(base)["frames_sha256"] != recipe_of(half)["frames_sha256"]
-    assert none.read_bytes() == base.read_bytes()
+    assert recipe_of(none)["frames_sha256"] == recipe_of(base)["frames_sha256"]
     assert len({none.name, half.name, base.name}) == 3
 
 
@@ -150,7 +164,7 @@ def test_latents_are_decoded_to_the_frames_they_were_encoded_from(tiny_2b, laten
 
     assert decoded.shape == (1, 3, frames, 32, 32)
     odd = latent_frames - (latent_frames + 1) % 2  # an odd count is diffusers' own, and a longer one begins with it
-    reference = super(type(pipeline), pipeline).decode_latents(latents[:, :odd])
+    reference = CogVideoXPipeline.decode_latents(pipeline, latents[:, :odd])
     assert torch.equal(decoded[:, :, : reference.shape[2]], reference) or latent_frames == 2
 
 
@@ -196,24 +210,25 @@ def test_a_video_that_cannot_be_written_leaves_the_old_one(tmp_path):
 def test_a_recipe_holds_what_makes_the_video_again(tiny_2b, lora, tmp_path):
     (video,) = make(tmp_path, lora=str(lora), prompt=PROMPT, seed=5, lora_scale=0.5, fps=7.5)
     recipe = recipe_of(video)
-    bytes_before = video.read_bytes()
 
-    assert recipe.keys() == {field.name for field in dataclasses.fields(Recipe)} | {"versions", "frames_sha256"}
+    assert recipe.keys() == {field.name for field in dataclasses.fields(Recipe)} | {
+        *("versions", "frames_sha256", "batch_size", "group"),
+    }
     assert (recipe["prompt"], recipe["effective_prompt"], recipe["negative_prompt"]) == (PROMPT, f"SQR {PROMPT}", "")
     assert (recipe["frames"], recipe["height"], recipe["width"], recipe["fps"]) == (9, 32, 48, 7.5)
     assert (recipe["seed"], recipe["lora_scale"], recipe["num_inference_steps"]) == (5, 0.5, 2)
-    assert recipe["lora"]["sha256"] == hashlib.sha256(lora.read_bytes()).hexdigest()
-    assert recipe["lora"]["adapter"]["transformer.lora_alpha"] == 1.0
-    assert recipe["lora"]["latentreel"]["dataset_digest"] == "0" * 64
+    assert recipe["loras"][0]["sha256"] == hashlib.sha256(lora.read_bytes()).hexdigest()
+    assert recipe["loras"][0]["adapter"]["transformer.lora_alpha"] == 1.0
+    assert recipe["loras"][0]["latentreel"]["dataset_digest"] == "0" * 64
     assert recipe["model"]["name"] == str(tiny_2b)
     assert recipe["scheduler"]["_class_name"] == "CogVideoXDDIMScheduler"
     assert recipe["versions"]["torch"] == torch.__version__
     found, rate = read_video(video)
     assert (found.shape, rate) == ((9, 32, 48, 3), Fraction(15, 2))
 
+    video.unlink()
     make(tmp_path, lora=str(lora), prompt=PROMPT, seed=5, lora_scale=0.5, fps=7.5)
     assert recipe_of(video) == recipe
-    assert video.read_bytes() == bytes_before
 
 
 def test_names_tell_prompts_with_the_same_beginning_apart_and_twins_are_made_once(lora, tmp_path):
@@ -235,15 +250,61 @@ def test_a_prompts_video_does_not_depend_on_the_other_prompts(lora, tmp_path):
     prompts.write_text(f"another, much longer prompt that comes before it\n{PROMPT}\n", encoding="utf-8")
     both = make(tmp_path / "both", lora=str(lora), prompts=str(prompts))
     (alone,) = make(tmp_path / "alone", lora=str(lora), prompt=PROMPT)
-    assert both[1].read_bytes() == alone.read_bytes()
+    assert recipe_of(both[1])["frames_sha256"] == recipe_of(alone)["frames_sha256"]
 
 
-def test_a_video_of_other_settings_is_not_replaced(lora, tmp_path):
-    (video,) = make(tmp_path, lora=str(lora), prompt=PROMPT)
-    before = video.read_bytes()
-    with pytest.raises(ConfigError, match=r"of another guidance_scale; give another --output_dir"):
-        make(tmp_path, lora=str(lora), prompt=PROMPT, guidance_scale=3.0)
-    assert video.read_bytes() == before
+def test_videos_of_other_settings_stand_beside_each_other(lora, tmp_path):
+    told = {"lora": str(lora), "prompt": PROMPT}
+    other = {"guidance_scale": 3.0, "width": 64, "num_frames": 5, "num_inference_steps": 1, "fps": 4.0}
+    videos = make(tmp_path, **told)
+    for name, value in other.items():
+        videos += make(tmp_path, **told, **{name: value})
+    assert len(set(videos)) == 1 + len(other)
+    assert sorted(tmp_path.glob("*.mp4")) == sorted(videos)
+
+
+def test_each_row_of_a_file_is_made_as_it_says_and_else_as_the_flags_say(lora, tiny_2b, tmp_path):
+    rows: list[dict[str, Any]] = [
+        {"prompt": PROMPT},
+        {"prompt": PROMPT, "seed": 7},
+        {"prompt": PROMPT, "width": 64, "height": 48, "num_frames": 1},
+        {"prompt": "a cat", "guidance_scale": 2.5, "num_inference_steps": 1, "use_dynamic_cfg": True},
+        {"prompt": PROMPT, "lora_scale": 0.25},
+        {"prompt": PROMPT, "seed": 3},  # as the first: the flag's
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    videos = make(tmp_path / "all", lora=str(lora), prompts=str(file), seed=3)
+
+    assert len(videos) == 5
+    for video, row in zip(videos, rows, strict=False):
+        pipeline = CogVideoXPipeline.from_pretrained(tiny_2b)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.load_lora_weights(lora, adapter_name="a")
+        pipeline.set_adapters("a", row.get("lora_scale", 1.0))
+        options = {
+            **SIZE,
+            **{name: value for name, value in row.items() if name not in ("prompt", "seed", "lora_scale")},
+        }
+        generator = torch.Generator().manual_seed(row.get("seed", 3))
+        frames = pipeline(f"SQR {row['prompt']}", **options, generator=generator).frames[0]
+        assert recipe_of(video)["frames_sha256"] == frames_digest(frames)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"height": 100}, r"rows\.jsonl:2: height 100: must be a multiple of 16"),
+        ({"num_frames": 8}, r"rows\.jsonl:2: frame count 8"),
+        ({"image": "a.png"}, r"rows\.jsonl:2: --image .*a\.png: .* is CogVideoX 1.0 text-to-video"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named_by_its_line(lora, tmp_path, row, message):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{json.dumps({'prompt': 'a cat'})}\n{json.dumps({'prompt': 'a dog', **row})}\n")
+    with pytest.raises(ConfigError, match=message):
+        make(tmp_path / "videos", lora=str(lora), prompts=str(file))
 
 
 @pytest.mark.parametrize(
@@ -274,8 +335,9 @@ def test_the_id_token_is_put_before_a_prompt_that_lacks_it(prompt, token, effect
         ({"lora": "nowhere"}, LoraError, "--lora nowhere: no such file"),
         ({"pretrained_model_name_or_path": "./nowhere"}, ModelError, "./nowhere: no such folder"),
         ({"pretrained_model_name_or_path": "5b"}, LoraError, r"trained on .*sin-cos.* and .*RoPE"),
-        ({"lora": None, "pretrained_model_name_or_path": "5b-i2v"}, ModelError, "image-to-video.*does not run yet"),
-        ({"lora": None, "pretrained_model_name_or_path": "1.5-5b", "height": 2416}, ConfigError, "up to 2400 pixels"),
+        ({"lora": (), "pretrained_model_name_or_path": "5b-i2v"}, ConfigError, "--image is missing.*image-to-video"),
+        ({"lora": (), "pretrained_model_name_or_path": "5b", "image": "a.png"}, ConfigError, "--image a.png.*none"),
+        ({"lora": (), "pretrained_model_name_or_path": "1.5-5b", "height": 2416}, ConfigError, "use 81x2400x1360"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -321,7 +383,7 @@ def test_a_foreign_lora_runs_with_a_warning_that_its_alpha_is_unknown(tiny_2b, l
     (video,) = make(tmp_path, lora=str(foreign), prompt=PROMPT, pretrained_model_name_or_path=str(tiny_2b), **SIZE)
 
     (warning,) = capsys.readouterr().err.splitlines()
-    assert re.match(r"warning: .*foreign\.safetensors does not hold its alpha", warning)
+    assert re.match(r"warning   .*foreign\.safetensors does not hold its alpha", warning)
     assert "-lora-scale1-" in video.name
     assert Lora.read(str(foreign)).adapter is None
 
@@ -329,14 +391,23 @@ def test_a_foreign_lora_runs_with_a_warning_that_its_alpha_is_unknown(tiny_2b, l
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora": None}, "--lora is missing"),
+        ({"lora": ()}, "--lora is missing"),
+        ({"num_videos": 0}, "--num_videos 0; must be at least 1"),
+        ({"batch_size": 0}, "--batch_size 0; must be at least 1"),
+        ({"compare": "base"}, "--compare base; must be two or more"),
+        ({"compare": "base,0"}, "--compare base,0; must be two or more different"),
+        ({"compare": "base,much"}, "--compare base,much; must be two or more"),
+        ({"compare": "base,1", "lora_scale": 0.5}, "give one of them"),
+        ({"lora": (), "pretrained_model_name_or_path": "x", "compare": "base,1"}, "no LoRA to compare with"),
+        ({"recipe": "a.json"}, "--lora|--prompt a red"),
+        ({"recipe": "a.json", "prompt": None, "seed": 3}, "--seed 3 with --recipe, which says it; leave it out"),
         ({"prompt": None}, "give either --prompt TEXT or --prompts FILE"),
         ({"prompts": "prompts.txt"}, "give either --prompt TEXT or --prompts FILE"),
         ({"prompt": "  "}, "must not be empty"),
         ({"num_inference_steps": 0}, "must be 1 to 1000"),
         ({"guidance_scale": float("nan")}, "--guidance_scale nan"),
         ({"lora_scale": float("inf")}, "--lora_scale inf"),
-        ({"lora": None, "pretrained_model_name_or_path": "x", "lora_scale": 0.5}, "no LoRA to scale"),
+        ({"lora": (), "pretrained_model_name_or_path": "x", "lora_scale": 0.5}, "no LoRA to scale"),
         ({"seed": -1}, "--seed -1"),
         ({"fps": 0.0}, "--fps 0.0"),
     ],
@@ -354,7 +425,7 @@ def test_a_file_without_prompts_is_refused(content, tmp_path):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"--prompts .*prompts\.txt"):
-        InferConfig(lora="run", prompts=str(path)).texts()
+        InferConfig(lora=("run",), prompts=str(path)).rows()
 
 
 # The command
@@ -401,6 +472,6 @@ def test_the_toml_file_explains_every_key_at_its_default():
     assert sorted(keys) == sorted(fields)
     told = tomllib.loads("\n".join(lines))
     assert {name: fields[name] for name in told} == told
-    assert all(fields[name] is None for name in fields.keys() - told.keys())
+    assert all(fields[name] in (None, ()) for name in fields.keys() - told.keys())
     argv = ["--config", str(ROOT / "configs" / "infer.toml"), "--lora", "run", "--prompt", PROMPT]
-    assert parse_config(InferConfig, argv, "infer") == InferConfig(lora="run", prompt=PROMPT)
+    assert parse_config(InferConfig, argv, "infer") == InferConfig(lora=("run",), prompt=PROMPT)

@@ -10,8 +10,10 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.training_utils import _collate_lora_metadata
 from safetensors.torch import load_file, save_file
 
-from infer.generate import TextToVideo, apply_lora, load_pipeline
+from infer.adapters import Adapters
+from infer.generate import load_pipeline
 from infer.lora import Lora
+from infer.pipelines import Pipeline
 from shared.errors import LoraError
 from shared.lora import (
     FILE_NAME,
@@ -34,9 +36,14 @@ def checkpoint_at(folder: Path) -> Checkpoint:
     return open_checkpoint(str(folder), revision=None, variant=None, cache_dir=None, weights=("transformer",))
 
 
-def pipeline_at(folder: Path) -> TextToVideo:
+def pipeline_at(folder: Path) -> Pipeline:
     checkpoint = checkpoint_at(folder)
     return load_pipeline(checkpoint, checkpoint.config("scheduler"), "float32")
+
+
+def apply_lora(pipeline: Pipeline, path: Path, scale: float) -> None:
+    """As stage 3 loads a LoRA."""
+    Adapters(pipeline, [Lora.read(str(path))]).scale(scale)
 
 
 def random_lora(model: Path, folder: Path, **facts: object) -> tuple[CogVideoXTransformer3DModel, Path]:
@@ -97,7 +104,7 @@ def test_stage_3_loads_it_at_its_trained_strength_times_the_scale(tiny_2b, train
     apply_lora(pipeline, path, 1.0)
     assert torch.equal(predict(pipeline.transformer), predict(transformer))
 
-    pipeline.set_adapters("lora", 0.0)
+    pipeline.set_adapters("lora-0", 0.0)
     assert torch.equal(predict(pipeline.transformer), base)
 
     for module in transformer.modules():
@@ -107,7 +114,7 @@ def test_stage_3_loads_it_at_its_trained_strength_times_the_scale(tiny_2b, train
     for module in transformer.modules():  # the fixture is others' too
         if hasattr(module, "scaling"):
             module.scaling = dict.fromkeys(module.scaling, ALPHA / RANK)
-    pipeline.set_adapters("lora", 0.5)
+    pipeline.set_adapters("lora-0", 0.5)
     assert torch.equal(predict(pipeline.transformer), half)
 
 

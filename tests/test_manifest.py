@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from preprocess import manifest
 from preprocess.manifest import Record, iter_manifest
-from shared.errors import ManifestError
+from shared.errors import ManifestError, UserError
 from shared.prompts import caption_prompt
 
 CAPTIONS = ["a dog, running", 'he says "hi", then\nleaves', "NA", "a 🦊 in the snow", "null"]
@@ -254,10 +254,19 @@ def test_two_tables_in_one_folder_are_both_named(root):
         ({"video": "deep/../../secret.mp4"}, r"leaves the data root"),
         ({"video": "/etc/passwd"}, r"'/etc/passwd' leaves the data root"),
         ({"video": {"path": "/etc/passwd", "bytes": None}}, r"'/etc/passwd' leaves the data root"),
-        ({"video": "pipe:cat a.mp4"}, r"is a URL or a command"),
-        ({"video": "PIPE: rm -r x |"}, r"is a URL or a command"),
-        ({"video": "https://example.com/a.mp4"}, r"is a URL or a command"),
-        ({"video": "simplecache::s3://bucket/a.mp4"}, r"is a URL or a command"),
+        ({"video": "pipe:cat a.mp4"}, r"pipe:... is a command"),
+        ({"video": "PIPE: rm -r x |"}, r"PIPE:... is a command"),
+        ({"video": "pipe://cat a.mp4"}, r"is a command"),
+        ({"video": "simplecache::s3://bucket/a.mp4"}, r"chained URLs are refused"),
+        ({"video": "zip://a.mp4::https://example.com/a.zip"}, r"chained URLs are refused"),
+        ({"video": "file:///etc/passwd"}, r"file://...: .*write the plain path"),
+        ({"video": "FILE:///etc/passwd"}, r"file://...: .*write the plain path"),
+        ({"video": "local:///etc/passwd"}, r"local://...: is no store"),
+        ({"video": "reference://a.mp4"}, r"reference://...: is no store"),
+        ({"video": "s3://"}, r"names nothing"),
+        ({"video": "s3://bucket/a/../b.mp4"}, r"holds '..'"),
+        ({"video": "https://example.com/%2e%2e/b.mp4"}, r"holds '..'"),
+        ({"video": "https://example.com/a.mp4?X-Amz-Signature=5"}, r"credentials and queries are refused"),
         ({"start": 2, "end": 2}, r"end = 2.0; must be greater than start = 2.0"),
         ({"end": 0}, r"end = 0.0; must be greater than start = 0"),
         ({"start": -1}, r"start = -1; must be a number of at least 0"),
@@ -275,6 +284,41 @@ def test_a_line_that_cannot_be_used_is_named_with_its_value(root, row, message):
     with pytest.raises(ManifestError, match=rf"^{table}:2: .*{message}") as caught:
         read(root)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://KEY:hidden@bucket/a.mp4", "s3://hidden@bucket/a.mp4", "https://hidden@example.com/a.mp4",
+        "https://me:hidden@example.com/a.mp4", "https://example.com/a.mp4?token=hidden",
+        "simplecache::https://example.com/a.mp4?token=hidden", "HTTPS://me:hidden@example.com/a.mp4",
+        "file://me:hidden@host/a.mp4", "nosuch://me:hidden@host/a.mp4",
+    ],
+)  # fmt: skip
+def test_credentials_in_a_url_are_refused_and_not_told(root, url):
+    with pytest.raises(UserError) as caught:
+        read(write_one(root, video=url))
+    assert "hidden" not in str(caught.value)
+    for words in ({"dataset_name": url}, {"dataset_name": root / "metadata.jsonl", "instance_data_root": url}):
+        with pytest.raises(UserError) as caught:
+            read(**words)
+        assert "hidden" not in str(caught.value)
+
+
+def test_videos_may_be_urls_or_below_one(root):
+    """None of them is asked for here."""
+    url = "https://example.com/videos/a b.mp4"
+    rows = [{"video": name, "caption": "a dog"} for name in (url, "a.mp4")]
+    records = read(write_table(root / "t.csv", rows))
+    assert [(record.source, record.path) for record in records] == [(url, url), ("a.mp4", str(root / "a.mp4"))]
+    records = read(root / "t.csv", instance_data_root="s3://lab/videos/")
+    assert [(record.source, record.path) for record in records] == [(url, url), ("a.mp4", "s3://lab/videos/a.mp4")]
+
+
+@pytest.mark.parametrize("name", ["../a.mp4", "x/../../a.mp4", "..", "/etc/passwd", "."])
+def test_a_name_does_not_leave_a_root_behind_a_url(root, name):
+    with pytest.raises(ManifestError, match=rf"metadata.jsonl:1: '{name}' leaves the data root s3://lab/videos;"):
+        read(write_one(root, video=name), instance_data_root="s3://lab/videos")
 
 
 def test_half_a_surrogate_pair_is_not_a_caption(root):
@@ -316,10 +360,13 @@ def test_a_table_that_cannot_be_read_is_named(root, name, content, message):
         ({"dataset_name": "no/such/folder/at/all"}, r"--dataset_name no/such/folder/at/all: no such file"),
         ({"dataset_name": "typo.csv"}, r"--dataset_name typo.csv: no such file"),
         ({"instance_data_root": "nowhere"}, r"nowhere: is no folder"),
+        ({"dataset_name": "s3://lab/clips"}, r"s3://lab/clips: is no table; behind a URL"),
+        ({"dataset_name": "file:///x/clips.csv"}, r"write the plain path"),
+        ({"instance_data_root": "s3://lab/clips"}, r"--instance_data_root is a URL; give the table"),
     ],
 )
 def test_what_is_not_there_is_named_without_asking_the_hub(settings, message):
-    with pytest.raises(ManifestError, match=message):
+    with pytest.raises(UserError, match=message):
         read(**settings)
 
 
@@ -408,6 +455,18 @@ def test_a_clone_of_a_hub_data_set_is_read_by_datasets(root, tmp_path):
     assert records[2].origin == f"{tmp_path / 'clone'} row 3"
     with pytest.raises(ManifestError, match=r"clone: has no column 'text' .*'video', 'caption'"):
         read(tmp_path / "clone", caption_column="text", cache_dir=str(tmp_path / "cache"))
+
+
+def test_a_configuration_of_a_hub_data_set_is_chosen_by_name(root, tmp_path):
+    clone = tmp_path / "clone"
+    (clone / "data").mkdir(parents=True)
+    for name, row in (("cats", table_rows()[0]), ("dogs", table_rows()[1])):
+        write_table(clone / "data" / f"{name}.csv", [row])
+    configs = "".join(f"- config_name: {name}\n  data_files: data/{name}.csv\n" for name in ("cats", "dogs"))
+    (clone / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for number, name in enumerate(("cats", "dogs")):
+        chosen = {"dataset_config_name": name, "cache_dir": str(tmp_path / "cache")}
+        assert pairs(read(clone, instance_data_root=root, **chosen)) == [(NAMES[number], CAPTIONS[number])]
 
 
 def test_a_video_feature_of_the_hub_is_not_decoded_and_named_alike_on_every_machine(root, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ import pytest
 from preprocess import pipeline
 from preprocess.__main__ import main
 from preprocess.config import PreprocessConfig
-from preprocess.sources import Sources
+from preprocess.sources import known_sources
 from shared.cache import Cache
 from shared.dataset import open_dataset
 from shared.errors import CacheError, run_command
@@ -64,6 +64,9 @@ def read_all(cache: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+VERSION = {"dataset.json", "samples.parquet", "rejected.parquet", "report.json"}
+
+
 def assert_nothing_is_unfinished(cache: Path) -> None:
     """Each file is in its place, under its final name and whole; `writers/` may hold what a dead writer left."""
     if not cache.exists():
@@ -75,7 +78,7 @@ def assert_nothing_is_unfinished(cache: Path) -> None:
         if first == "writers" or path == "sources.parquet":
             continue
         if first == "datasets":
-            assert name in ("CURRENT", "dataset.json", "samples.parquet", "rejected.parquet", "report.json"), path
+            assert name in {"CURRENT", "preview.html", *VERSION}, path
         elif name.endswith(".tar"):  # also one whose index was not published any more
             assert hashlib.sha256((cache / path).read_bytes()).hexdigest().startswith(name.removesuffix(".tar")), path
         else:
@@ -83,7 +86,7 @@ def assert_nothing_is_unfinished(cache: Path) -> None:
     for current in cache.glob("datasets/*/CURRENT"):
         open_dataset(Cache(str(cache)), current.parent.name)
     for version in cache.glob("datasets/*/versions/*"):
-        assert {"dataset.json", "samples.parquet", "rejected.parquet", "report.json"} == set(os.listdir(version))
+        assert {*os.listdir(version)} - {"preview.html"} == VERSION  # the page comes after
 
 
 def assert_same_arrays(cache: Path, whole: dict[str, np.ndarray]) -> None:
@@ -150,9 +153,9 @@ def test_a_disk_that_fills_up_at_any_point_loses_nothing(quick, tiny_2b, two_cli
     def run(cache):
         size: dict[str, Any] = {"height": 32, "width": 48, "max_num_frames": 9, "shard_size": 2}
         source: dict[str, Any] = {"pretrained_model_name_or_path": str(tiny_2b), "dataset_name": str(two_clips)}
-        _, rejected, digest = pipeline.preprocess(PreprocessConfig(cache=str(cache), **source, **size))
-        assert not rejected
-        return digest
+        outcome = pipeline.preprocess(PreprocessConfig(cache=str(cache), **source, **size))
+        assert not outcome.rejected
+        return outcome.digest
 
     digest = run(tmp_path / "whole")
     arrays = read_all(tmp_path / "whole")
@@ -475,4 +478,4 @@ def assert_cache_agrees(cache, whole, digests):
                 assert opened.array(row, kind).size
     assert not [name for name in os.listdir(cache / "writers") if not name.startswith(".")]
     sources = {row["source"] for name in digests for row in Opened(cache, name).rows}
-    assert {Path(path).name for path in Sources(Cache(str(cache)))._known} == sources
+    assert {Path(source.path).name for source in known_sources(Storage(str(cache)))} == sources

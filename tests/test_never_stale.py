@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from preprocess import clips, plan, sources, video
+from preprocess import plan, sources, units, video
 from tests.conftest import moving_square, write_video
 from tests.decoding import InProcessPool, use_stand_ins
 from tests.test_preprocess import preprocess
@@ -161,7 +161,7 @@ def test_a_change_encodes_what_it_changes_and_nothing_else(work, case):
 
 
 def test_code_that_makes_other_pixels_probes_and_encodes_every_clip_again(work, monkeypatch):
-    for module in (clips, plan, sources):
+    for module in (plan, sources, units):
         monkeypatch.setattr(module, "PIXELS_VERSION", video.PIXELS_VERSION + 1)
     assert run(work).encoded == (CLIPS, 0)
     assert len(InProcessPool.probed) == CLIPS
@@ -170,7 +170,7 @@ def test_code_that_makes_other_pixels_probes_and_encodes_every_clip_again(work, 
 
 def test_pixels_version_is_patched_everywhere_that_it_is_used():
     users = [path.stem for path in Path(video.__file__).parent.glob("*.py") if "PIXELS_VERSION" in path.read_text()]
-    assert sorted(users) == ["clips", "plan", "sources", "video"]
+    assert sorted(users) == ["captioning", "plan", "sources", "units", "video"]  # captioning: of captions, not clips
 
 
 def test_another_video_of_the_same_name_and_size_is_told_by_its_time(work):

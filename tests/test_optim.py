@@ -5,17 +5,21 @@ import math
 
 import pytest
 import torch
-from diffusers.optimization import get_scheduler
+from diffusers.optimization import SchedulerType, get_scheduler
 from safetensors.torch import load_file, save_file
 
+from shared.errors import CheckpointError, ConfigError
 from train.config import TrainConfig
 from train.optim import make_optimizer, make_schedule, pack_state, unpack_state
 
-SCHEDULES = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+SCHEDULES = [schedule.value for schedule in SchedulerType]
+RULES = "1:4,0.5:8,0.125"
 
 
 def config_of(**flags):
-    return TrainConfig(learning_rate=3e-3, lr_warmup_steps=3, lr_num_cycles=2, lr_power=2.0, **flags)
+    if flags.get("lr_scheduler") == "piecewise_constant":
+        flags["lr_step_rules"] = RULES
+    return TrainConfig(**{"learning_rate": 3e-3, "lr_warmup_steps": 3, "lr_num_cycles": 2, "lr_power": 2.0, **flags})
 
 
 def parameters(seed=0):
@@ -44,7 +48,7 @@ def rates(optimizer, schedule, steps):
 def test_learning_rates_are_those_of_diffusers(name):
     config = config_of(lr_scheduler=name)
     reference = torch.optim.SGD(parameters(), lr=3e-3)
-    expected = get_scheduler(name, reference, num_warmup_steps=3, num_training_steps=12, num_cycles=2, power=2.0)
+    expected = get_scheduler(name, reference, RULES, num_warmup_steps=3, num_training_steps=12, num_cycles=2, power=2.0)
     optimizer = make_optimizer(config, parameters())
     assert rates(optimizer, make_schedule(config, optimizer, 12), 12) == rates(reference, expected, 12)
 
@@ -60,11 +64,59 @@ def test_learning_rates_are_the_formulas():
         "cosine": warmup + [1.5e-3 * (1 + math.cos(math.pi * part)) for part in share],
         "cosine_with_restarts": warmup + [1.5e-3 * (1 + math.cos(math.pi * (2 * part % 1))) for part in share],
         "polynomial": warmup + [(3e-3 - 1e-7) * (1 - part) ** 2 + 1e-7 for part in share],
+        "piecewise_constant": [3e-3] * 4 + [1.5e-3] * 4 + [0.375e-3] * 4,
     }
+    assert sorted(curves) == sorted(SCHEDULES)
     for name, expected in curves.items():
         config = config_of(lr_scheduler=name)
         optimizer = make_optimizer(config, parameters())
         assert rates(optimizer, make_schedule(config, optimizer, 12), 12) == pytest.approx(expected, rel=1e-9), name
+
+
+@pytest.mark.parametrize(
+    ("flag", "flags", "said"),
+    [
+        ("lr_step_rules", {"lr_scheduler": "piecewise_constant"}, "piecewise_constant takes rules such as 1:500"),
+        ("lr_step_rules", {"lr_step_rules": RULES}, "no other schedule does"),
+        ("lr_step_rules", {"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:x,2"}, "must be FACTOR:STEP"),
+        ("lr_step_rules", {"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:5"}, "and a last FACTOR"),
+        ("adam_beta1", {"adam_beta1": 1.0}, "must be at least 0 and below 1"),
+        ("adam_beta2", {"adam_beta2": -0.1}, "must be at least 0 and below 1"),
+        ("adam_epsilon", {"adam_epsilon": math.nan}, "must not be negative"),
+        ("prodigy_beta3", {"optimizer": "prodigy", "prodigy_beta3": 1.0}, "must be at least 0 and below 1"),
+        ("learning_rate", {"optimizer": "prodigy", "learning_rate": 0.0}, "must be above 0 with --optimizer prodigy"),
+        ("adam_epsilon", {"optimizer": "prodigy", "adam_epsilon": 0.0}, "must be above 0 with --optimizer prodigy"),
+        ("use_8bit_adam", {"optimizer": "prodigy", "use_8bit_adam": True}, "leave it out with --optimizer prodigy"),
+        *[
+            (f"prodigy_{name}", {f"prodigy_{name}": value}, "is of --optimizer prodigy; this is adamw")
+            for name, value in {"beta3": 0.0, "decouple": True, "use_bias_correction": True,
+                                "safeguard_warmup": True}.items()
+        ],
+    ],
+)  # fmt: skip
+def test_flags_that_cannot_be_together_are_refused(flag, flags, said):
+    with pytest.raises(ConfigError, match=rf"^--{flag}\b.*{said}"):
+        TrainConfig(**flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps", "said"),
+    [
+        ({"lr_warmup_steps": 12}, 12, "--lr_warmup_steps 12: polynomial falls after it, and the run has 12 steps"),
+        ({"learning_rate": 1e-7}, 12, "--learning_rate 1e-07; must be above 1e-07 with --lr_scheduler polynomial"),
+    ],
+)
+def test_a_polynomial_that_cannot_fall_is_refused(flags, steps, said):
+    config = TrainConfig(lr_scheduler="polynomial", **flags)
+    with pytest.raises(ConfigError, match=said):
+        make_schedule(config, make_optimizer(config, parameters()), steps)
+
+
+@pytest.mark.parametrize(("scale_lr", "rate"), [(False, 3e-3), (True, 3e-3 * 8)])
+def test_the_learning_rate_is_scaled_by_the_global_batch_when_asked(scale_lr, rate):
+    config = config_of(scale_lr=scale_lr)
+    optimizer = make_optimizer(config, parameters(), global_batch=8)
+    assert make_schedule(config, optimizer, 12).get_last_lr() == [rate]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
@@ -76,15 +128,24 @@ def test_the_optimizer_is_torchs_with_every_setting(name, kind):
     assert all(torch.equal(one, other) for one, other in zip(own, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_a_state_that_went_through_files_goes_on_bit_equal(tmp_path, name):
-    config = config_of(optimizer=name)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"optimizer": "adam"},
+        {"optimizer": "adamw"},
+        {"optimizer": "prodigy", "learning_rate": 1.0},
+        {"optimizer": "prodigy", "learning_rate": 1.0, "prodigy_beta3": 0.9, "prodigy_use_bias_correction": True},
+    ],
+    ids=lambda flags: "-".join([flags["optimizer"], *(name for name in flags if name.startswith("prodigy"))]),
+)
+def test_a_state_that_went_through_files_goes_on_bit_equal(tmp_path, flags):
+    config = config_of(**flags)
     whole = parameters()
     optimizer = make_optimizer(config, whole)
     take_steps(optimizer, range(3))
     tensors, values = pack_state(optimizer)
     save_file(tensors, tmp_path / "state.safetensors")
-    text = json.dumps(values)
+    text = json.dumps(values, allow_nan=False)
 
     resumed = [torch.nn.Parameter(parameter.detach().clone()) for parameter in whole]
     other = make_optimizer(config, resumed)
@@ -97,3 +158,13 @@ def test_a_state_that_went_through_files_goes_on_bit_equal(tmp_path, name):
     take_steps(other, range(3, 6))
     assert all(torch.equal(one, two) for one, two in zip(whole, resumed, strict=True))
     assert not torch.equal(whole[0], parameters()[0])
+
+
+def test_an_empty_tensor_is_not_saved():
+    """What a sharding process holds of a parameter that is another one's."""
+    parameter = torch.nn.Parameter(torch.ones(0, 3))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones(0, 3)
+    optimizer.step()
+    with pytest.raises(CheckpointError, match="optimizer, exp_avg of parameter 0: is empty; nothing was written"):
+        pack_state(optimizer)

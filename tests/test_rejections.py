@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import sys
@@ -13,13 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from preprocess import encode, pipeline, sources
+from preprocess import encode, files, pipeline
 from preprocess.__main__ import main
 from preprocess.decode import DecodePool
 from preprocess.frames import Placement
-from preprocess.sources import Sources
+from preprocess.sources import Sources, known_sources
+from preprocess.spool import Spool
 from shared.cache import Cache
 from shared.errors import REJECTION_REASONS, CacheError, ManifestError, VideoError, run_command
+from shared.storage import Storage, canonical_json
 from tests.conftest import ROOT, moving_square, write_video
 from tests.decoding import InProcessPool, StandInVideoEncoder
 from tests.test_preprocess import preprocess
@@ -235,7 +238,7 @@ def test_a_prompt_of_just_226_tokens_is_not_truncated(clips, tiny_2b, tmp_path):
 
 def replace(path, table):
     """Such as a hostile hand would write it: the digest is right."""
-    digest = sources._rows_digest(table.to_pylist())
+    digest = hashlib.sha256(b"".join(map(canonical_json, table.to_pylist()))).hexdigest().encode()
     pq.write_table(table.replace_schema_metadata({b"rows_sha256": digest}), path)
 
 
@@ -274,14 +277,14 @@ def test_a_damaged_memory_of_sources_is_one_line(cache, mishaps, tiny_2b, capsys
 
 def test_a_flipped_bit_in_the_memory_of_sources_is_refused_or_harmless(cache):
     path = cache / "sources.parquet"
-    good, whole = path.read_bytes(), Sources(Cache(str(cache)))._known
+    good, whole = path.read_bytes(), list(known_sources(Storage(str(cache))))
     refused = 0
     for place in np.random.default_rng(0).integers(0, len(good), 60):
         bad = bytearray(good)
         bad[place] ^= 16
         path.write_bytes(bad)
         try:
-            assert Sources(Cache(str(cache)))._known == whole
+            assert list(known_sources(Storage(str(cache)))) == whole
         except CacheError:
             refused += 1
     assert refused > 15
@@ -311,14 +314,14 @@ def test_a_video_that_changes_while_it_is_read_is_rejected_once(clips, tiny_2b, 
 
 
 def test_a_video_that_goes_after_the_manifest_was_read_is_one_line(clips, tiny_2b, tmp_path, monkeypatch):
-    real = pipeline._read_records
+    real = pipeline.read_manifest
 
-    def read_and_remove(config):
-        records = real(config)
+    def read_and_remove(config, spool):
+        digest = real(config, spool)
         (clips / "1.mp4").unlink()
-        return records
+        return digest
 
-    monkeypatch.setattr(pipeline, "_read_records", read_and_remove)
+    monkeypatch.setattr(pipeline, "read_manifest", read_and_remove)
     with pytest.raises(ManifestError, match=r"1\.mp4: cannot be read \(No such file"):
         preprocess(tmp_path / "cache", tiny_2b, clips, size=SIZE)
 
@@ -345,8 +348,8 @@ def test_a_video_that_goes_during_the_run_is_rejected_and_taken_when_it_is_back(
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "DecodePool", Unplugged)
-        real = sources._digest
-        patch.setattr(sources, "_digest", lambda path: real(gone(path) if task == "digest" else path))
+        real = files.digest
+        patch.setattr(files, "digest", lambda path: real(gone(path) if task == "digest" else path))
         first = preprocess(tmp_path / "cache", tiny_2b, clips, size=SIZE)
     assert told(first) == {"0.mp4": None, "1.mp4": "unreadable"}
     shutil.copy2(aside, clips / "1.mp4")  # with its old modification time
@@ -354,14 +357,21 @@ def test_a_video_that_goes_during_the_run_is_rejected_and_taken_when_it_is_back(
 
 
 def test_verdicts_are_saved_now_and_then_on_the_way(cache, tmp_path, monkeypatch):
-    known = Sources(Cache(str(cache)))
-    source = next(source for source in known._known.values() if source.probe is not None and source.is_unchanged())
+    def verdicts():
+        return next(known.verdicts for known in known_sources(Storage(str(cache))) if known.path == source.path)
+
+    source = next(one for one in known_sources(Storage(str(cache))) if one.probe is not None and one.is_unchanged())
     error = VideoError("timed_out", "not done in 1 s")
-    known.reject(source, bytes(16), error, tmp_path)
-    assert bytes(16).hex() not in Sources(Cache(str(cache)))._known[source.path].verdicts
-    monkeypatch.setattr(sources, "SAVE_SECONDS", -1)
-    known.reject(source, bytes(16), error, tmp_path)
-    assert Sources(Cache(str(cache)))._known[source.path].verdicts[bytes(16).hex()] == ("timed_out", error.detail)
+    with Spool() as spool:
+        learning = Sources(Cache(str(cache)), spool, tmp_path)
+        learning.reject(source, bytes(16), error)
+        assert bytes(16).hex() not in verdicts()
+        learning._save_at = 0.0
+        learning.reject(source, bytes(16), error)
+        assert verdicts()[bytes(16).hex()] == ("timed_out", error.detail)
+        count = len(list(known_sources(Storage(str(cache)))))
+        learning.save()
+    assert len(list(known_sources(Storage(str(cache))))) == count > 1, "the others stay"
 
 
 def test_a_stand_in_decoder_reads_as_the_real_one_does(clips):

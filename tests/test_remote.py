@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 
 from preprocess.__main__ import main
 from preprocess.verify import main as verify
@@ -21,11 +23,15 @@ from shared import remote
 from shared.cache import Cache
 from shared.dataset import open_dataset
 from shared.errors import CacheError, ConfigError
+from shared.models import open_checkpoint
 from shared.remote import Remote, check_url, is_transient
 from shared.storage import Storage
 from tests import s3
 from tests.conftest import ROOT
 from tests.training import facts_of, train_here
+from train.data import DrawSettings, Requests, Samples, micro_batches
+from train.reading import LatentDataset
+from train.sampler import Deal, Sampler
 
 STORES = ("latents", "embeddings")
 
@@ -33,18 +39,8 @@ STORES = ("latents", "embeddings")
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
     """An S3 server with an empty bucket `lab`, and the environment that leads to it."""
-    with s3.server(tmp_path_factory.mktemp("moto") / "log") as network, pytest.MonkeyPatch.context() as patch:
-        for name in list(os.environ):
-            if name.startswith("AWS_"):
-                patch.delenv(name)
-        patch.setenv("AWS_ACCESS_KEY_ID", s3.KEY_ID)
-        patch.setenv("AWS_SECRET_ACCESS_KEY", s3.SECRET)
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{network.server_port}")
-        patch.setenv("NO_PROXY", "127.0.0.1")
-        fsspec.filesystem("s3").mkdir("lab")
+    with s3.reached(tmp_path_factory.mktemp("moto") / "log") as network:
         yield network
-        fsspec.filesystem("s3").clear_instance_cache()
 
 
 @pytest.fixture
@@ -126,6 +122,7 @@ def test_stage_1_makes_the_same_cache_behind_a_url_and_again_encodes_nothing(
     assert main(stage_1_words("memory://lab/cache", tiny_2b, clips)) == 0
     assert digest_and_encoded("memory://lab/cache") == (digest, 0)
     assert not [name for name in memory.store if "writers" in name]
+    assert order.pop().endswith("/preview.html")  # a page for people: the data set stands before it
     assert order[-1].endswith("/CURRENT")
     tars = [place for place, path in enumerate(order) if path.endswith(".tar")]
     assert [order[place + 1] for place in tars] == [order[place].replace(".tar", ".parquet") for place in tars]
@@ -183,9 +180,56 @@ def test_training_from_s3_is_training_from_the_folder(bad_network, uploaded, tin
     assert train_here(uploaded, tmp_path / "remote", **flags) == 0
     assert train_here(cache, tmp_path / "local", **flags) == 0
     assert facts_of(tmp_path / "remote") == facts_of(tmp_path / "local")
-    assert any(method == "GET" and path.split("?")[0].endswith(".tar") for method, path in bad_network.seen)
+    assert ranges_of_parts(bad_network)
     for file in (tmp_path / "remote").rglob("*"):
         assert not file.is_file() or s3.SECRET.encode() not in file.read_bytes(), file
+
+
+def ranges_of_parts(network):
+    """The reads of parts that a server has seen."""
+    return [path for method, path in network.seen if method == "GET" and path.split("?")[0].endswith(".tar")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("prefetch", "least"), [(1, 1), (4, 4), (24, 11)])  # 10: what botocore lets through by itself
+def test_over_a_slow_network_as_many_reads_are_on_their_way_as_asked_for(
+    bad_network, uploaded, tiny_2b, cache, prefetch, least
+):
+    facts = open_checkpoint(str(tiny_2b), revision=None, variant=None, cache_dir=None, weights=()).facts
+    draws = DrawSettings(seed=3, global_batch=2, stratified=True, random_flip=0.5, caption_dropout=0.2)
+    deal = Deal(batch_size=2, ranks=1, accumulation=1)
+
+    def batches(url, **options):
+        dataset = open_dataset(Cache(str(url)), "squares")
+        samples = Samples(dataset)
+        reader = LatentDataset(dataset, facts, draws, **options)
+        order = Sampler(samples.buckets, deal.global_batch, dataset.digest, 1)
+        requests = Requests(samples, order, deal, 0, range(12), draws)
+        bad_network.be_well()  # what has been asked for so far is no read of a reader
+        bad_network.latency_s = 0.2
+        with closing(micro_batches(reader, requests, num_workers=0, pin_memory=False)) as found:
+            return list(found)
+
+    local, remote = batches(cache), batches(uploaded, prefetch=prefetch)
+    assert least <= bad_network.most_at_once <= prefetch
+    assert len(ranges_of_parts(bad_network)) == len(bad_network.seen) > 30
+    for one, other in zip(local, remote, strict=True):
+        assert one.places == other.places
+        for name, tensor in vars(one).items():
+            assert not isinstance(tensor, torch.Tensor) or torch.equal(tensor, getattr(other, name)), name
+
+
+@pytest.mark.slow
+def test_a_second_run_reads_its_local_copies_and_no_part(bad_network, uploaded, tiny_2b, cache, tmp_path):
+    flags = {"pretrained_model_name_or_path": tiny_2b, "max_train_steps": 3, "dataloader_num_workers": 2}
+    copies = {"local_cache": tmp_path / "copies", "local_cache_size": "1GB"}
+    for name in ("first", "second"):
+        bad_network.be_well()
+        bad_network.latency_s = 0.05
+        assert train_here(uploaded, tmp_path / name, **flags, **copies) == 0
+        assert bool(ranges_of_parts(bad_network)) == (name == "first")
+    assert train_here(cache, tmp_path / "local", **flags) == 0
+    assert facts_of(tmp_path / "first") == facts_of(tmp_path / "second") == facts_of(tmp_path / "local")
 
 
 @pytest.mark.slow

@@ -132,9 +132,9 @@ def test_whatever_the_instant_it_goes_on_bit_equal(cache, whole, tmp_path, monke
         file.write('{"step": 13, "lo')  # a row that was never finished
     taken, take_step = [], loop.take_step
 
-    def take_and_tell(*args):
+    def take_and_tell(*args, **settings):
         taken.append(args[1])
-        return take_step(*args)
+        return take_step(*args, **settings)
 
     monkeypatch.setattr(loop, "take_step", take_and_tell)
     assert train_here(cache, run, **SETTINGS, resume_from_checkpoint="latest") == 0

@@ -142,3 +142,64 @@ def test_a_global_batch_that_cannot_be_dealt_is_refused_by_name(batch_size, rank
         ConfigError, match=rf"global batch of 8 .* {ranks} processes .* --train_batch_size {batch_size}"
     ):
         deal_as(8, batch_size, ranks)
+
+
+# --- weights, and batches that are not full
+
+
+weighted = st.lists(st.tuples(st.integers(0, 2), st.sampled_from([0.25, 0.5, 1.0, 2.0, 3.5])), min_size=1, max_size=40)
+
+
+@ours
+@given(samples=weighted, global_batch=st.integers(1, 5), epoch=st.integers(0, 3))
+def test_a_sample_has_its_share_of_the_draws_rounded_up_or_down(samples, global_batch, epoch):
+    buckets, weights = (np.array(column) for column in zip(*samples, strict=True))
+    order = Sampler(buckets, global_batch, "d", 0, weights=weights)
+    batches = order.epoch(epoch)
+    assert len(batches) == order.steps_per_epoch
+    drawn = np.bincount(batches[batches != MISSING], minlength=len(buckets))
+    assert drawn.sum() == len(buckets)
+    for bucket in set(buckets.tolist()):
+        share = np.where(buckets == bucket, weights, 0)
+        whole = len(buckets) * share.sum() / weights.sum()
+        assert abs(drawn[buckets == bucket].sum() - whole) < 1
+        exact = drawn[buckets == bucket].sum() * share / share.sum()
+        assert (np.floor(exact - 1e-9) <= drawn * (share > 0)).all()
+        assert (drawn * (share > 0) <= np.ceil(exact + 1e-9)).all()
+
+
+@ours
+@given(buckets=buckets_of, weight=st.sampled_from([0.1, 1.0, 7.0]), epoch=st.integers(0, 3))
+def test_equal_weights_draw_every_sample_once(buckets, weight, epoch):
+    batches = Sampler(buckets, 3, "d", 0, weights=np.full(len(buckets), weight)).epoch(epoch)
+    assert sorted(batches[batches != MISSING].tolist()) == list(range(len(buckets)))
+
+
+def test_over_many_epochs_the_draws_are_as_the_weights():
+    weights = np.array([1.0, 2.0, 3.0, 0.5, 0.0, 1.0])
+    order = Sampler(np.zeros(6, int), 2, "d", 0, weights=weights)
+    drawn = np.zeros(6)
+    for epoch in range(3000):
+        batches = order.epoch(epoch)
+        drawn += np.bincount(batches[batches != MISSING], minlength=6)
+    np.testing.assert_allclose(drawn / drawn.sum(), weights / weights.sum(), atol=0.01)
+
+
+@ours
+@given(buckets=buckets_of, global_batch=st.integers(1, 5))
+def test_dropping_the_last_leaves_full_batches_only(buckets, global_batch):
+    order = Sampler(buckets, global_batch, "d", 0, drop_last=True)
+    counts = np.unique(buckets, return_counts=True)[1]
+    assert order.steps_per_epoch == sum(count // global_batch for count in counts)
+    if order.steps_per_epoch:
+        assert (order.epoch(0) != MISSING).all()
+        assert len(set(order.epoch(0).flatten().tolist())) == order.epoch(0).size
+
+
+@ours
+@given(buckets=buckets_of, global_batch=st.integers(1, 5), held=st.sets(st.integers(0, 59)))
+def test_only_the_numbers_that_are_trained_on_are_drawn(buckets, global_batch, held):
+    numbers = np.array([number for number in range(len(buckets)) if number not in held], int)
+    if len(numbers):
+        batches = Sampler(buckets, global_batch, "d", 0, numbers).epoch(0)
+        assert sorted(batches[batches != MISSING].tolist()) == numbers.tolist()

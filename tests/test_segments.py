@@ -17,7 +17,7 @@ from PIL import Image
 from preprocess.config import PreprocessConfig
 from preprocess.frames import split_segment
 from preprocess.manifest import Record
-from preprocess.plan import Rejected, plan_samples
+from preprocess.plan import Rejected, plan_record
 from preprocess.probe import Probe
 from preprocess.sources import Source
 from shared.errors import UserError
@@ -193,7 +193,7 @@ def test_a_frame_that_does_not_tell_how_long_it_lasts_is_rejected(tiny_2b):
     config = PreprocessConfig(pretrained_model_name_or_path=str(tiny_2b), fps="source", clips="chunk")
     record = Record("a.gif", "/a.gif", "a caption", None, None, 1.0, "m.jsonl:1")
     facts = open_checkpoint(str(tiny_2b), revision=None, variant=None, cache_dir=None, weights=()).facts
-    (planned,) = plan_samples([record], {"/a.gif": source}, config, facts)
+    (planned,) = plan_record(record, source, config, facts)
     assert isinstance(planned, Rejected)
     assert planned.reason == "too_short"
 

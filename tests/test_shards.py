@@ -217,17 +217,59 @@ def test_an_index_reads_back_as_it_was_written(shard, rows):
 
 
 def test_the_digest_of_an_index_is_of_its_facts_and_rows(shard, rows):
-    """By hand: canonical JSON of each row, the key in hex; then of the facts and that digest."""
+    """By hand, as docs/format.md tells: of the columns' values; then of the facts and that digest."""
 
     def text(value) -> bytes:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
-    names = ["member", "offset", "size_bytes", "crc32", "shape", "dtype", "tokens"]
-    of_rows = hashlib.sha256(b"".join(text([row["key"].hex(), *(row[name] for name in names)]) for row in rows))
+    assert any(row["shape"] for row in rows)
+    assert not all(row["shape"] for row in rows)
+    told_rows = struct.pack("<Q", len(rows))
+    for name, code in (("key", "16s"), ("member", ""), ("offset", "q"), ("size_bytes", "q"), ("crc32", "I"),
+                       ("shape", ""), ("dtype", ""), ("tokens", "i")):  # fmt: skip
+        told_rows += bytes(row[name] is not None for row in rows)
+        values = [row[name] for row in rows if row[name] is not None]
+        if name in ("member", "dtype"):
+            values = [value.encode() for value in values]
+        if not code:
+            told_rows += b"".join(struct.pack("<i", len(value)) for value in values)
+        if name == "shape":
+            sides = [side for value in values for side in value]
+            told_rows += b"\1" * len(sides) + struct.pack(f"<{len(sides)}i", *sides)
+        elif code:
+            told_rows += b"".join(struct.pack(f"<{code}", value) for value in values)
+        else:
+            told_rows += b"".join(values)
     table, told = read_index(shard.index.read_bytes(), "index")
     digest = told.pop("index_sha256")
-    assert rows_digest(table) == of_rows.hexdigest()
-    assert digest == hashlib.sha256(text([told, of_rows.hexdigest()])).hexdigest()
+    assert rows_digest(table) == hashlib.sha256(told_rows).hexdigest()
+    assert digest == hashlib.sha256(text([told, rows_digest(table)])).hexdigest()
+
+
+def test_the_digest_of_rows_does_not_depend_on_how_they_are_cut(shard):
+    """Slices, chunks, a dictionary on the way: what counts is what the rows say."""
+    table = pq.read_table(shard.index)
+    expected = rows_digest(table)
+    for cut in range(len(table) + 1):
+        parts = [table.slice(0, cut), table.slice(cut)]
+        assert rows_digest(pa.concat_tables(parts)) == expected
+        assert {rows_digest(part) for part in parts} & {expected} == ({expected} if cut in (0, len(table)) else set())
+    assert rows_digest(pa.Table.from_pylist(table.to_pylist(), INDEX_SCHEMA)) == expected
+    assert rows_digest(table.slice(0, 0)) == rows_digest(INDEX_SCHEMA.empty_table()) != expected
+
+
+@pytest.mark.parametrize(
+    ("column", "one", "other"),
+    [("member", ["ab", "c"], ["a", "bc"]), ("shape", [[1, 2], [3]], [[1], [2, 3]]), ("shape", [[1], []], [[1], None]),
+     ("shape", [[0], [1]], [[None], [1]]), ("dtype", [None, "a"], ["", "a"]), ("dtype", [None, "a"], ["a", None]),
+     ("tokens", [0, None], [None, 0]), ("tokens", [0, None], [0, 0])],
+)  # fmt: skip
+def test_rows_that_only_run_together_have_other_digests(column, one, other):
+    row = {"key": bytes(16), "member": "json", "offset": 0, "size_bytes": 1, "crc32": 0}
+    tables = [
+        pa.Table.from_pylist([{**row, column: value} for value in values], INDEX_SCHEMA) for values in (one, other)
+    ]
+    assert rows_digest(tables[0]) != rows_digest(tables[1])
 
 
 @pytest.mark.parametrize(

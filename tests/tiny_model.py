@@ -44,6 +44,7 @@ KINDS: dict[str, dict[str, Any]] = {
             "sample_frames": 81,
             "in_channels": 32,
             "ofs_embed_dim": 512,
+            "time_embed_dim": 512,  # the two embeddings are added
         },
         "vae": {"scaling_factor": 0.7, "invert_scale_latents": True},
     },
@@ -58,12 +59,16 @@ The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor 
 
 
 def build(
-    folder: Path, kind: str = "2b", *, seed: int = 0, layers: int = 2, heads: int = 2, vae_width: int = 8
-) -> Path:
+    folder: Path, kind: str = "2b", *, seed: int = 0, layers: int = 2, heads: int = 2, vae_width: int = 8,
+    native: tuple[int, int, int] | None = None,
+) -> Path:  # fmt: skip
     """Write a tiny random checkpoint of `kind` (a key of KINDS) to `folder`, in float32 safetensors.
 
     Weights are random but alive: attention, feed-forward and output differ from zero, so that a LoRA has something
     to move. Deterministic in (kind, seed, widths).
+
+    Args:
+        native: frames, height and width in pixels that its positions are for; default: as the real one's.
     """
     import torch
     from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
@@ -86,8 +91,12 @@ def build(
             "sample_width": 90,
             "sample_frames": 49,
             **facts["transformer"],
+            **_native(native),
         }
     )
+    if facts["transformer"].get("use_learned_positional_embeddings"):  # diffusers makes a sin-cos table, as for 2B
+        table = transformer.patch_embed.pos_embedding
+        table.add_(torch.randn(table.shape, generator=torch.Generator().manual_seed(seed)))
     vae = AutoencoderKLCogVideoX(
         block_out_channels=(vae_width,) * 4, norm_num_groups=min(vae_width, 4), layers_per_block=1, **facts["vae"]
     )
@@ -122,6 +131,12 @@ def build(
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
     return folder
+
+
+def _native(size: tuple[int, int, int] | None) -> dict[str, int]:
+    return (
+        {} if size is None else {"sample_frames": size[0], "sample_height": size[1] // 8, "sample_width": size[2] // 8}
+    )
 
 
 def _save_tokenizer(folder: Path) -> None:

@@ -10,27 +10,47 @@ import torch
 
 from shared.dataset import DataSet
 from shared.digests import known_digest
-from shared.errors import CacheError, LoraError, ModelError
+from shared.errors import CacheError, ConfigError, LoraError, ModelError
 from shared.geometry import Bucket
-from shared.lora import LoraFacts, load_lora_state, lora_state, read_metadata, save_lora
+from shared.lora import LoraFacts, adapter_metadata, load_lora_state, lora_state, read_metadata, save_lora
 from shared.models import Checkpoint
+from shared.sizes import check_bucket, check_learned_positions
+from train.config import TrainConfig
 
 
-def check_dataset(dataset: DataSet, checkpoint: Checkpoint, buckets: list[str]) -> None:
+def check_flags(config: TrainConfig, checkpoint: Checkpoint) -> None:
+    """Refuse flags that the checkpoint has no use for.
+
+    Raises:
+        ConfigError: names the flag.
+    """
+    facts, name = checkpoint.facts, checkpoint.name
+    check_learned_positions(facts, name, drop_learned_positions=config.drop_learned_positions)
+    if config.image_factor != "pipeline" and not facts.image_to_video:
+        raise ConfigError(f"--image_factor {config.image_factor}: {name} is {facts.kind}, without images; leave it out")
+
+
+def check_dataset(
+    dataset: DataSet, checkpoint: Checkpoint, buckets: list[str], *, drop_learned_positions: bool = False
+) -> None:
     """Refuse a data set that another kind of checkpoint was given to encode. Hashes nothing large.
 
     Args:
         buckets: of the data set, each once.
+        drop_learned_positions: whether 5B-I2V is trained without its table.
 
     Raises:
-        CacheError: names the field that differs, with both values.
-        ModelError: a kind of checkpoint that the trainer does not take.
+        CacheError: names the field that differs, with both values; or what the data set lacks.
     """
     facts, told = checkpoint.facts, dataset.info["facts"]
     where = f"data set {dataset.name} in {dataset.cache.url}"
     again = f"run stage 1 with --pretrained_model_name_or_path {checkpoint.name}"
-    if facts.image_to_video:
-        raise ModelError(f"{checkpoint.name}: is {facts.kind}; image-to-video is not trained by this version")
+    if facts.image_to_video and told["images"] is None:
+        raise CacheError(
+            f"{where}: has no encodings of first frames, and {checkpoint.name} is {facts.kind}; make them with `python "
+            f"-m preprocess --cache {dataset.cache.url} --dataset {dataset.name} --pretrained_model_name_or_path "
+            f"{checkpoint.name}` and the manifest: what is cached is not encoded again"
+        )
     vae, text = told["latents"]["vae"], told["embeddings"]["text_encoder"]
     compared: list[tuple[str, Any, Any]] = [
         ("vae latent_channels", vae["config"]["latent_channels"], facts.latent_channels),
@@ -46,9 +66,10 @@ def check_dataset(dataset: DataSet, checkpoint: Checkpoint, buckets: list[str]) 
         if cached != own:
             raise CacheError(f"{where}: {name} is {cached!r}, {checkpoint.name} has {own!r}; {again}")
     for bucket in map(Bucket.parse, buckets):
-        _, height, width = bucket.latent_shape
-        if facts.patch_size_t is not None and max(height / facts.sample_height, width / facts.sample_width) > 1:
-            raise CacheError(f"{where}: bucket {bucket} is larger than the positions of {checkpoint.name}; {again}")
+        try:
+            check_bucket(bucket, facts, checkpoint.name, drop_learned_positions=drop_learned_positions)
+        except ConfigError as error:
+            raise CacheError(f"{where}: {error}; {again}") from error
 
 
 def _differences(name: str, cached: dict[str, Any], own: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -76,6 +97,6 @@ def check_lora_file(transformer: Any, lora: LoraFacts, folder: Path) -> None:
         adapter, facts = read_metadata(path)
         load_lora_state(transformer, path)
     after = lora_state(transformer)
-    alpha = None if adapter is None else adapter["transformer.lora_alpha"]
-    if facts != lora or alpha != lora.alpha or any(not torch.equal(before[name], after[name]) for name in before):
+    same = facts == lora and adapter == adapter_metadata(transformer)  # rank, alpha, targets, rsLoRA, DoRA
+    if not same or any(not torch.equal(before[name], after[name]) for name in before):
         raise LoraError(f"{folder}: a LoRA that was saved there came back changed; check the disk")

@@ -1,9 +1,10 @@
 """Checkpoints: `checkpoint-<step>/` appears by rename when it is complete, and holds all that a run goes on from.
 
-    pytorch_lora_weights.safetensors   the LoRA, usable by stage 3 as it is
+    pytorch_lora_weights.safetensors   the LoRA, usable by stage 3 as it is; with --ema_decay the average
+    last_weights.safetensors           with --ema_decay: the LoRA that the next step goes on from, as usable
     optimizer.safetensors              the optimizer's tensors
     state.json                         step, schedule, the optimizer's other values, what a run must agree on to go on
-                                       from here, and the digests of the two files above and of itself
+                                       from here, and the digests of the files above and of itself
 Draws are functions of (seed, step, place), so that no generator has a state to save.
 """
 
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,21 +25,30 @@ import torch
 from shared.errors import CheckpointError
 from shared.lora import FILE_NAME, LoraFacts, load_lora_state, save_lora
 from shared.storage import digest_of, fsync_folder
+from train.ema import Ema
 from train.optim import pack_state, unpack_state
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+LAST_FILE = "last_weights.safetensors"
 STATE_FILE = "state.json"
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What a step changes: the LoRA in the transformer, the optimizer, the learning rate, the loss scale."""
+    """What a step changes: the LoRA in the transformer and its average, the optimizer, learning rate, loss scale."""
 
     transformer: Any
     optimizer: torch.optim.Optimizer
     schedule: Any
     scaler: Any | None
+    ema: Ema | None = None
+
+
+def save_result(run: RunState, folder: Path, lora: LoraFacts) -> Path:
+    """Write the LoRA that a run has come to: the average where it keeps one, else the last weights."""
+    with run.ema.applied() if run.ema else nullcontext():
+        return save_lora(run.transformer, folder, lora)
 
 
 def save_checkpoint(output_dir: Path, step: int, run: RunState, lora: LoraFacts, position: dict[str, Any]) -> Path:
@@ -52,7 +63,9 @@ def save_checkpoint(output_dir: Path, step: int, run: RunState, lora: LoraFacts,
     building = output_dir / f".checkpoint-{step}.tmp"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    save_lora(run.transformer, building, lora)
+    names = [save_result(run, building, lora).name, OPTIMIZER_FILE]
+    if run.ema:
+        names.append(save_lora(run.transformer, building, lora, LAST_FILE).name)
     tensors, packed = pack_state(run.optimizer)
     save_file(tensors, building / OPTIMIZER_FILE)
     state = {
@@ -62,7 +75,7 @@ def save_checkpoint(output_dir: Path, step: int, run: RunState, lora: LoraFacts,
         "optimizer": packed,
         "schedule": run.schedule.state_dict(),
         "scaler": run.scaler.state_dict() if run.scaler else None,
-        "files": {name: _sha256(building / name) for name in (FILE_NAME, OPTIMIZER_FILE)},
+        "files": {name: _sha256(building / name) for name in names},
     }
     state = {**state, "sha256": digest_of(state).hex()}
     (building / STATE_FILE).write_text(json.dumps(state, indent=2), encoding="utf-8")
@@ -79,11 +92,12 @@ def save_checkpoint(output_dir: Path, step: int, run: RunState, lora: LoraFacts,
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
-    found = [folder for folder in output_dir.glob("checkpoint-*") if _step_of(folder) >= 0 and folder.is_dir()]
-    return sorted(found, key=_step_of)
+    found = [folder for folder in output_dir.glob("checkpoint-*") if step_of(folder) >= 0 and folder.is_dir()]
+    return sorted(found, key=step_of)
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder; -1: it is none."""
     match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
     return int(match[1]) if match else -1
 
@@ -104,7 +118,7 @@ def set_aside_later(output_dir: Path, step: int) -> list[Path]:
     """
     aside = []
     for folder in list_checkpoints(output_dir):
-        if _step_of(folder) > step:
+        if step_of(folder) > step:
             target = folder.with_name(f"aside-{folder.name}")
             shutil.rmtree(target, ignore_errors=True)
             aside.append(folder.rename(target))
@@ -123,11 +137,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: a file is missing, torn or of another format; names the checkpoint before it.
     """
-    before = [other for other in list_checkpoints(folder.parent) if _step_of(other) < _step_of(folder)]
+    before = [other for other in list_checkpoints(folder.parent) if step_of(other) < step_of(folder)]
     advice = f"; resume from {before[-1]}" if before else "; start anew in another --output_dir"
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        digests = {name: _sha256(folder / name) for name in (FILE_NAME, OPTIMIZER_FILE)}
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: torn or not a checkpoint ({error}){advice}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -135,8 +148,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     told = state.pop("sha256", None)
     if told != digest_of(state).hex():
         raise CheckpointError(f"{folder / STATE_FILE}: has changed since it was written{advice}")
-    for name, digest in digests.items():
-        if state["files"].get(name) != digest:
+    for name, digest in state["files"].items():
+        try:
+            found = _sha256(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: torn or not a checkpoint ({error}){advice}") from error
+        if found != digest:
             raise CheckpointError(f"{folder / name}: has changed since it was written{advice}")
     return state
 
@@ -160,7 +177,10 @@ def load_checkpoint(folder: Path, state: dict[str, Any], run: RunState) -> None:
     """Give a run the state of a checkpoint that `read_state` has read."""
     from safetensors.torch import load_file
 
-    load_lora_state(run.transformer, folder / FILE_NAME)
+    with run.ema.applied() if run.ema else nullcontext():
+        load_lora_state(run.transformer, folder / FILE_NAME)
+    if run.ema:
+        load_lora_state(run.transformer, folder / LAST_FILE)
     unpack_state(run.optimizer, load_file(folder / OPTIMIZER_FILE), state["optimizer"])
     run.schedule.load_state_dict(state["schedule"])
     if run.scaler and state["scaler"]:

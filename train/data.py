@@ -1,183 +1,39 @@
-"""Samples on their way from the cache to a step: which to read, reading them, and micro-batches in the order of a run.
+"""Samples on their way from the cache to a step: which to read, and micro-batches in the order of a run.
 
 The main process decides what each place of a global batch is (`Requests`); workers, spawned and never forked, read the
-two members that a request names and draw its noise. Nothing is unpacked and nothing is kept.
+two members that a request names and draw its noise (`train/reading.py`). Nothing is unpacked.
 """
 
 from __future__ import annotations
 
 import queue
-import signal
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from shared.cache import Cache
-from shared.dataset import DataSet, location_columns
-from shared.errors import CacheError
-from shared.models import Facts
-from shared.shards import Location, decode_array, read_member
-from train.draws import draw_bool, draw_normal, draw_timestep
-from train.objective import Batch, padding
+from shared.errors import UserError
+from shared.processes import die_with_parent, ignore_stop_signals
+from train.mixture import Mixture
+from train.objective import Batch
+from train.reading import LatentDataset, Shared, Tasks, deliver
+from train.ring import Ring
 from train.sampler import MISSING, Deal, Sampler
+from train.samples import DrawSettings, Request, Samples
 
-
-@dataclass(frozen=True)
-class Request:
-    """One place of a global batch: what to read for it and what its draws depend on."""
-
-    step: int
-    place: int
-    weight: float  # 0 for a stand-in where no sample fills the place
-    sample_id: str
-    latent_key: bytes
-    latent: Location
-    embedding_key: bytes
-    embedding: Location
-
-
-@dataclass(frozen=True)
-class DrawSettings:
-    """What the draws of a run depend on, beside step and place."""
-
-    seed: int
-    global_batch: int
-    stratified: bool
-    random_flip: float
-    caption_dropout: float
-
-
-class Samples:
-    """The rows of a data set that training needs, by sample number.
-
-    Attributes:
-        fps: frames a second, the median.
-        bucket_names: sorted.
-        buckets: [N] each sample's bucket, as its place in bucket_names.
-    """
-
-    def __init__(self, dataset: DataSet) -> None:
-        kinds = ("latent", "mirrored", "embedding")
-        places = [column for kind in kinds for column in location_columns(kind)]
-        keys = [f"{kind}_key" for kind in kinds]
-        self._table = dataset.columns("sample_id", "bucket", *keys, *places).combine_chunks()
-        bucket = self._table["bucket"].dictionary_encode().combine_chunks()
-        names = bucket.dictionary.to_pylist()
-        rank = np.argsort(np.argsort(names))  # bucket numbers follow their names, not the order of the rows
-        self.bucket_names: list[str] = sorted(names)
-        self.buckets = rank[bucket.indices.to_numpy()]
-        self.fps = float(np.median(dataset.columns("fps")["fps"].to_numpy()))
-        empty = dataset.info["empty_prompt"]
-        self._empty = (bytes.fromhex(empty["embedding_key"]), _location(empty, "embedding"))
-
-    def __len__(self) -> int:
-        return len(self.buckets)
-
-    def sample_id(self, number: int) -> str:
-        """The stable name of a sample."""
-        return str(self._table["sample_id"][number].as_py())
-
-    def request(self, number: int, step: int, place: int, weight: float, draws: DrawSettings) -> Request:
-        """What to read for a sample at a place, with its mirror image and caption drawn."""
-        (row,) = self._table.slice(number, 1).to_pylist()
-        seed, flip = draws.seed, draws.random_flip
-        mirrored = row["mirrored_key"] is not None and draw_bool(seed, step, place, "mirror", flip)
-        kind = "mirrored" if mirrored else "latent"
-        dropped = draw_bool(seed, step, place, "caption_dropout", draws.caption_dropout)
-        embedding = self._empty if dropped else (row["embedding_key"], _location(row, "embedding"))
-        return Request(step, place, weight, row["sample_id"], row[f"{kind}_key"], _location(row, kind), *embedding)
-
-
-def _location(row: dict[str, Any], kind: str) -> Location:
-    return Location(*(row[column] for column in location_columns(kind)))
-
-
-class LatentDataset(Dataset[dict[str, Any]]):
-    """Reads requests. What a spawned worker is given: no open file, no table.
-
-    Args:
-        dataset: the data set that the requests are of.
-    """
-
-    def __init__(self, dataset: DataSet, facts: Facts, draws: DrawSettings) -> None:
-        self._cache_url = dataset.cache.url
-        self._folders = {kind: dataset.store_folder(kind) for kind in ("latent", "embedding")}
-        self._facts_of_store = dataset.info["facts"]
-        self._patch_size_t, self._draws = facts.patch_size_t, draws
-        self._cache: Cache | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_cache": None}
-
-    def __getitem__(self, request: Request) -> dict[str, Any]:
-        """A request's tensors, shapes as in `Batch` without the first axis.
-
-        Raises:
-            CacheError: a member is gone, has changed or is not finite; names the sample.
-        """
-        moments = self._read("latent", request, request.latent_key, request.latent)
-        embeds = self._read("embedding", request, request.embedding_key, request.embedding)
-        doubled, frames, height, width = moments.shape
-        shape = (doubled // 2, frames, height, width)
-        padded = (doubled // 2, frames + padding(frames, self._patch_size_t), height, width)
-        seed, step, place = self._draws.seed, request.step, request.place
-        timestep = draw_timestep(seed, step, place, self._draws.global_batch, stratified=self._draws.stratified)
-        return {
-            "moments": torch.from_numpy(moments.copy()),
-            "posterior_noise": draw_normal(seed, step, place, "posterior", shape),
-            "noise": draw_normal(seed, step, place, "noise", padded),
-            "timesteps": torch.tensor(timestep),
-            "prompt_embeds": torch.from_numpy(embeds.copy()),
-            "weights": torch.tensor(request.weight),
-            "places": place,
-        }
-
-    def __getitems__(self, requests: list[Request]) -> list[dict[str, Any]] | CacheError:
-        """A micro-batch, or the mistake as a value: a worker would bury its line in a traceback."""
-        try:
-            return [self[request] for request in requests]
-        except CacheError as error:
-            return error
-
-    def _read(self, kind: str, request: Request, key: bytes, location: Location) -> np.ndarray:
-        if self._cache is None:
-            self._cache = Cache(self._cache_url)
-        what = f"sample {request.sample_id}, {kind} {key.hex()}"
-        try:
-            try:
-                payload = read_member(self._cache.storage, self._folders[kind], location)
-            except FileNotFoundError:  # the part was repaired away or collected: the key may lie in another one
-                store, _ = self._folders[kind].split("/")
-                told = self._facts_of_store[store]
-                facts = {name: value for name, value in told.items() if name not in ("kind", "format_version")}
-                payload = self._cache.store(store, facts).read(key)
-        except (CacheError, FileNotFoundError) as error:
-            raise CacheError(f"{what}: {error}") from error
-        array = decode_array(payload, what)
-        if not np.isfinite(array).all():
-            raise CacheError(f"{what}: holds NaN or infinity; run `python -m preprocess.verify {self._cache_url}`")
-        return array
-
-
-def collate(rows: list[dict[str, Any]] | CacheError) -> Batch | CacheError:
-    """A micro-batch of the rows that a worker read; a mistake as it is."""
-    if isinstance(rows, CacheError):
-        return rows
-    stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "places"}
-    return Batch(**stacked, places=[row["places"] for row in rows])
+PREFETCH = 2  # tasks that a worker is given ahead
+AHEAD = 2  # batches that wait for the loop
+HELD = 2  # batches that are neither ahead nor a worker's: the loop's own, and the one that the thread waits with
 
 
 class Requests:
-    """The micro-batches of one rank from a step on, as lists of requests: what a DataLoader takes as batch sampler."""
+    """The micro-batches of one rank from a step on, as lists of requests."""
 
     def __init__(
-        self, samples: Samples, sampler: Sampler, deal: Deal, rank: int, steps: range, draws: DrawSettings
+        self, samples: Mixture | Samples, sampler: Sampler, deal: Deal, rank: int, steps: range, draws: DrawSettings
     ) -> None:
         self._samples, self._sampler, self._deal, self._rank = samples, sampler, deal, rank
         self._steps, self._draws = steps, draws
@@ -197,42 +53,62 @@ class Requests:
 
 
 def micro_batches(
-    dataset: LatentDataset, requests: Requests, *, num_workers: int, pin_memory: bool
+    dataset: LatentDataset,
+    requests: Iterable[list[Request]],
+    *,
+    num_workers: int,
+    pin_memory: bool,
+    slot_bytes: int = 0,
 ) -> Generator[Batch, None, None]:
-    """The micro-batches that `requests` asks for, read ahead by spawned processes; with none of them, by a thread.
+    """The micro-batches that `requests` asks for, read ahead by spawned processes or, with none of them, by a thread.
+
+    A batch holds until the next one is asked for: workers write into the same memory again and again.
+
+    Args:
+        slot_bytes: of the largest micro-batch, where there are workers: see `LatentDataset.slot_bytes`.
 
     Raises:
         CacheError: a member is gone, has changed or is not finite; names the sample.
+        NetworkError, ConfigError: the cache cannot be reached, or local copies or shared memory cannot be had.
     """
-    options: dict[str, Any] = {}
+    tasks = Tasks(requests, max(1, num_workers), dataset.prefetch)
     if num_workers:
-        options = {"multiprocessing_context": "spawn", "prefetch_factor": 2, "worker_init_fn": _ignore_signals}
-    loader = DataLoader(
-        dataset,
-        batch_sampler=requests,
-        collate_fn=collate,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        **options,
-    )
-    if not num_workers:
-        yield from _in_background(iter(loader), ahead=2)
-        return
-    for batch in loader:
-        if isinstance(batch, CacheError):
-            raise batch
-        yield batch
+        ring = Ring(num_workers * PREFETCH + AHEAD + HELD, slot_bytes)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=tasks,
+            collate_fn=partial(deliver, ring=ring),
+            num_workers=num_workers,
+            multiprocessing_context="spawn",
+            prefetch_factor=PREFETCH,
+            worker_init_fn=_serve_parent,
+        )
+        batches = _looked_at(loader, ring)
+    else:
+        batches = iter(DataLoader(dataset, batch_sampler=tasks, collate_fn=partial(deliver, ring=None)))
+    yield from _in_background(_pinned(batches) if pin_memory else batches)
 
 
-def _ignore_signals(worker: int) -> None:
+def _looked_at(loader: Iterable[Shared | UserError], ring: Ring) -> Iterator[Batch | UserError]:
+    for shared in loader:
+        yield shared if isinstance(shared, UserError) else shared.batch(ring)
+
+
+def _pinned(batches: Iterable[Batch | UserError]) -> Iterator[Batch | UserError]:
+    """Copies that a GPU can fetch while the host goes on. Not run where this was written: no GPU."""
+    for batch in batches:
+        yield batch if isinstance(batch, UserError) else batch.pin_memory()
+
+
+def _serve_parent(worker: int) -> None:
     """Ctrl-C and a cluster's SIGTERM reach every process of a run: its main one decides when the reading ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_stop_signals()
+    die_with_parent()  # torch's own watchdog takes seconds, and waits for a read that hangs
 
 
-def _in_background(items: Iterator[Batch | CacheError], ahead: int) -> Generator[Batch, None, None]:
-    """The same items, made by a thread that keeps `ahead` of them ready; what it raises is raised here."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=ahead)
+def _in_background(items: Iterable[Batch | UserError]) -> Generator[Batch, None, None]:
+    """The same items, made by a thread that keeps AHEAD of them ready; what it raises is raised here."""
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=AHEAD)
     stopped = threading.Event()
 
     def put(item: Batch | BaseException | None) -> None:

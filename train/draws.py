@@ -38,3 +38,8 @@ def draw_normal(seed: int, step: int, place: int, purpose: str, shape: tuple[int
 def draw_bool(seed: int, step: int, place: int, purpose: str, probability: float) -> bool:
     """True with the given probability."""
     return random.Random(seed_for(seed, step, place, purpose)).random() < probability
+
+
+def draw_number(seed: int, step: int, place: int, purpose: str, count: int) -> int:
+    """One of 0..count - 1, each as likely."""
+    return random.Random(seed_for(seed, step, place, purpose)).randrange(count)

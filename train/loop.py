@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from types import FrameType
 
-import torch
-from tqdm import tqdm
-
-from shared.config import to_dict
-from shared.lora import save_lora, trainable
-from train.checkpoint import rotate_checkpoints, save_checkpoint, set_aside_later
+from shared.console import say
+from train.advice import advice, facts_of
+from train.checkpoint import rotate_checkpoints, save_checkpoint, save_result, set_aside_later
 from train.config import TrainConfig
 from train.data import Requests, micro_batches
-from train.metrics import Metrics
-from train.objective import Batch, batch_loss
-from train.sampler import MISSING
-from train.setup import Run, make_accelerator, one_run, open_run
+from train.holdout import held_out_loss
+from train.hub import push_result
+from train.log import Log
+from train.off_device import off_device
+from train.ranks import launcher, main_at_work
+from train.rehearsal import is_needed, rehearse
+from train.run import Run
+from train.setup import make_accelerator, one_run, open_run
+from train.step import Taken, settle, take_step
+from train.trackers import start_trackers, track_videos
+from train.validation import FOLDER, forget_later, is_due, make_videos
 
 
 def train(config: TrainConfig) -> int:
@@ -36,33 +39,32 @@ def train(config: TrainConfig) -> int:
     with one_run(config, accelerator), _stop_signals() as stop:
         run = open_run(config, accelerator)
         if run.is_main:
-            print("\n".join(_introduction(run)), flush=True)
-        if config.report_to != "none":
-            _start_trackers(run)
+            for event, message in _introduction(run):
+                say(event, message)
+        with main_at_work(accelerator, "advice"):
+            if run.is_main:
+                for line in advice(config, facts_of(run)):
+                    say("advice", line)
+        with main_at_work(accelerator, "trackers"):
+            start_trackers(run)
+        if is_needed(accelerator.device):
+            rehearse(run)
         status = _take_steps(run, stop)
         accelerator.end_training()
     return status
 
 
-def _start_trackers(run: Run) -> None:
-    folder = run.output_dir / run.config.logging_dir
-    if run.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-    run.accelerator.init_trackers(
-        run.config.tracker_name, config=to_dict(run.config), init_kwargs={"wandb": {"dir": str(folder)}}
-    )
-
-
-def _introduction(run: Run) -> Iterator[str]:
+def _introduction(run: Run) -> Iterator[tuple[str, str]]:
     lora, deal = run.lora, run.deal
-    yield f"base      {lora.base_model}: {lora.kind}, {lora.dtype} on {run.accelerator.device}"
-    yield f"data set  {lora.dataset}, version {lora.dataset_digest[:12]}: {len(run.samples)} clips"
-    yield f"LoRA      rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.target_modules)}"
+    yield "base", f"{lora.base_model}: {lora.kind}, {lora.dtype} on {run.accelerator.device}"
+    yield "data set", f"{lora.dataset}, version {lora.dataset_digest[:12]}: {len(run.samples)} clips"
+    yield "LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.target_modules)}"
     yield (
-        f"batches   {deal.batch_size} x {deal.ranks} processes x {deal.accumulation} accumulated = "
-        f"{deal.global_batch}; {run.sampler.steps_per_epoch} steps an epoch"
+        "batches",
+        f"{deal.batch_size} x {deal.ranks} processes x {deal.accumulation} accumulated = "
+        f"{deal.global_batch}; {run.sampler.steps_per_epoch} steps an epoch",
     )
-    yield f"steps     {run.first_step} to {run.max_steps}, into {run.output_dir}"
+    yield "steps", f"{run.first_step} to {run.max_steps}, into {run.output_dir}"
 
 
 def _take_steps(run: Run, stop: list[int]) -> int:
@@ -71,91 +73,95 @@ def _take_steps(run: Run, stop: list[int]) -> int:
     steps = range(run.first_step, run.max_steps)
     requests = Requests(run.samples, run.sampler, run.deal, accelerator.process_index, steps, run.draws)
     pinned = accelerator.device.type == "cuda"
-    batches = micro_batches(run.reader, requests, num_workers=config.dataloader_num_workers, pin_memory=pinned)
-    if run.is_main:
-        for folder in set_aside_later(run.output_dir, run.first_step):
-            print(f"set aside {folder}: it is later than the checkpoint that the run goes on from")
-    metrics = Metrics(run.output_dir, run.first_step) if run.is_main else None
-    bar = tqdm(total=run.max_steps, initial=run.first_step, unit="step", disable=None if run.is_main else True)
-    with closing(batches), closing(metrics) if metrics else nullcontext(), bar:
+    batches = micro_batches(
+        run.reader,
+        requests,
+        num_workers=config.dataloader_num_workers,
+        pin_memory=pinned,
+        slot_bytes=run.reader.slot_bytes(run.samples.bucket_names, run.deal.batch_size),
+    )
+    with main_at_work(accelerator, "log"):
+        if run.is_main:
+            for folder in set_aside_later(run.output_dir, run.first_step):
+                say("set aside", f"{folder}: it is later than the checkpoint that the run goes on from")
+            forget_later(run.output_dir, run.first_step)
+        opened = Log(run)
+    taken: list[Taken] = []
+    with closing(batches), closing(opened) as log:
+        if run.held_out and run.first_step == 0:
+            log.held_out(0, held_out_loss(run, run.held_out))
+        if run.first_step == 0 and is_due(config, 0, run.sampler.steps_per_epoch):
+            _save(run, log, 0)
+            _validate(run, 0)
         for step in steps:
-            row, signal_number = take_step(run, step, batches, stop)
-            bar.update()
-            bar.set_postfix(loss=row["loss"], lr=row["lr"])
-            if metrics:
-                metrics.write(row)
-            if config.report_to != "none":
-                accelerator.log({name: row[name] for name in ("loss", "lr", "grad_norm")}, step=row["step"])
             done = step + 1
-            if metrics and (done % config.checkpointing_steps == 0 or done == run.max_steps or signal_number):
-                metrics.sync()  # before the checkpoint has its name, the rows that lead to it are on the disk
-                lora = replace(run.lora, step=done)
-                save_checkpoint(run.output_dir, done, run.state, lora, run.position)
-                rotate_checkpoints(run.output_dir, config.checkpoints_total_limit)
-            if signal_number:
+            is_last = done == run.max_steps
+            evaluates = run.held_out is not None and (is_last or done % config.holdout_steps == 0)
+            validates = is_due(config, done, run.sampler.steps_per_epoch)
+            saves = is_last or validates or done % config.checkpointing_steps == 0
+            # where there is but one rank, it knows by itself that it was asked to stop
+            settles = (
+                saves or evaluates or done % config.log_steps == 0 or bool(stop and accelerator.num_processes == 1)
+            )
+            taken.append(take_step(run, step, batches, stopping=bool(stop), lora_norm=settles))
+            if not settles:
+                continue
+            rows, stopping = settle(run, taken)
+            taken.clear()
+            log.steps(rows)
+            if run.held_out and evaluates:
+                log.held_out(done, held_out_loss(run, run.held_out))
+            if saves or stopping:
+                _save(run, log, done)
+            if stopping:
+                signal_number = stop[0] if stop else signal.SIGTERM  # on whatever rank it arrived, all stop here
                 if run.is_main:
-                    print(f"stopped by signal {signal_number} after step {done}; its checkpoint is saved", flush=True)
+                    say("stopped by", f"signal {signal_number} after step {done}; its checkpoint is saved")
                 return 128 + signal_number
-    if run.is_main:
-        path = save_lora(run.state.transformer, run.output_dir, replace(run.lora, step=run.max_steps))
-        print(f"LoRA      {path}: load it at weight 1.0, alpha is in the file")
+            if validates:
+                _validate(run, done)
+    with main_at_work(accelerator, "lora"):
+        if run.is_main:
+            path = save_result(run.state, run.output_dir, replace(run.lora, step=run.max_steps))
+            say("LoRA", f"{path}: load it at weight 1.0, alpha is in the file")
+    with main_at_work(accelerator, "hub"):
+        if run.is_main:
+            push_result(config, run.output_dir)
     return 0
 
 
-def take_step(run: Run, step: int, batches: Iterator[Batch], stop: list[int]) -> tuple[dict[str, object], int]:
-    """One optimizer step. Returns its row of metrics.jsonl, and the signal that asks any rank to stop, or 0."""
-    config, accelerator = run.config, run.accelerator
-    started, data_seconds = time.perf_counter(), 0.0
-    numbers = run.sampler.batch(step)
-    filled = int((numbers != MISSING).sum())
-    micros = run.deal.micros(numbers)
+def _save(run: Run, log: Log, step: int) -> None:
+    with main_at_work(run.accelerator, f"checkpoint-{step}"):
+        if run.is_main:
+            log.sync()  # before the checkpoint has its name, the rows that lead to it are on the disk
+            save_checkpoint(run.output_dir, step, run.state, replace(run.lora, step=step), run.position)
+            rotate_checkpoints(run.output_dir, run.config.checkpoints_total_limit)
 
-    # The loss of each place, and behind them the signal: one collective for both.
-    shared = torch.zeros(run.deal.global_batch + 1, dtype=torch.float64, device=accelerator.device)
-    for micro in range(micros):
-        waited = time.perf_counter()
-        batch = next(batches).to(accelerator.device)
-        data_seconds += time.perf_counter() - waited
-        is_last = micro == micros - 1
-        with nullcontext() if is_last else accelerator.no_sync(run.model):
-            with accelerator.autocast():
-                losses = batch_loss(run.model, batch, run.facts, run.schedule, run.dtype)
-            weighted = losses * batch.weights
-            # DDP averages gradients over ranks: times their number, they add up to the mean over the filled places.
-            accelerator.backward(weighted.sum() * run.deal.ranks / filled)
-        shared[batch.places] = weighted.detach().double()
 
-    parameters = trainable(run.state.transformer)
-    grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or float("inf"))
-    lr = run.state.schedule.get_last_lr()[0]
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    run.state.schedule.step()
-
-    shared[-1] = len(stop)
-    shared = accelerator.reduce(shared, reduction="sum").cpu()
-    row = {
-        "step": step + 1,
-        "epoch": step // run.sampler.steps_per_epoch,
-        "loss": float(shared[:-1].sum() / filled),
-        "lr": lr,
-        "grad_norm": float(grad_norm),
-        "seconds": round(time.perf_counter() - started, 6),
-        "data_seconds": round(data_seconds, 6),
-        "samples": [run.samples.sample_id(int(number)) for number in numbers[:filled]],
-    }
-    if not shared[-1]:
-        return row, 0
-    return row, stop[0] if stop else signal.SIGTERM  # on whatever rank it arrived, all stop after the same step
+def _validate(run: Run, step: int) -> None:
+    """Videos of the checkpoint of a step; the other ranks wait for them outside of any collective."""
+    with main_at_work(run.accelerator, f"validation-{step}"):
+        if not run.is_main:
+            return  # from this block: it is left when the main one has left it
+        with off_device(run):
+            checkpoint = run.output_dir / f"checkpoint-{step}"
+            videos = make_videos(run.config, run.samples.datasets[0], run.validation_rows, checkpoint, step)
+            track_videos(run, videos, step)
+            say("videos", f"{len(videos)} of step {step}, in {run.output_dir / FOLDER / f'step-{step}'}", step=step)
 
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list that a SIGTERM or SIGINT puts its number into; a second one ends the process at once."""
+    """A list that a SIGTERM or SIGINT puts its number into; a second one ends the process at once.
+
+    Not under a launcher: a cluster signals the launcher and its processes, and the launcher passes on what it got, so
+    that each process gets it twice. It kills those that take too long itself.
+    """
     arrived: list[int] = []
+    has_launcher = launcher() is not None
 
     def note(number: int, frame: FrameType | None) -> None:
-        if arrived:
+        if arrived and not has_launcher:
             raise SystemExit(128 + number)
         arrived.append(number)
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a row per optimizer step, on disk before a checkpoint gets its name."""
+"""metrics.jsonl: a row per optimizer step, on disk before a checkpoint gets its name. holdout.jsonl: a row per look."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from shared.storage import write_atomically
 
 FILE = "metrics.jsonl"
+HOLDOUT_FILE = "holdout.jsonl"
 
 
 class Metrics:
@@ -19,15 +20,15 @@ class Metrics:
         step: the step that the run goes on from; 0 for a new run.
     """
 
-    def __init__(self, output_dir: Path, step: int) -> None:
-        self._path = output_dir / FILE
-        kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= step]
+    def __init__(self, output_dir: Path, step: int, file: str = FILE) -> None:
+        self._path = output_dir / file
+        kept = [line for line in _whole_lines(self._path) if step and json.loads(line)["step"] <= step]
         write_atomically(self._path, "".join(f"{line}\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """Add a row."""
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:

@@ -14,7 +14,8 @@ form loses the loss at small t). docs/training.md derives it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,9 +24,11 @@ import torch
 
 from shared.errors import ModelError
 from shared.models import Facts
+from train.config import TrainConfig
 from train.draws import TIMESTEPS
 
 LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution clamps it
+OFS = 2.0  # what the pipeline gives a transformer that takes an `ofs`
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Batch:
         prompt_embeds: [B, L, D].
         weights: [B] 1, or 0 for a place that no sample fills.
         places: in the global batch.
+        image_moments: [B, 2C, 1, H, W] mean and log-variance of the first frame with its noise, unscaled; None, as the
+            two that follow: text-to-video.
+        image_posterior_noise: [B, C, 1, H, W] for the draw from them.
+        image_factors: [B] what the draw is multiplied by; 0 where the image is dropped.
+        skipped: what was wrong with each sample that could not be read; its place weighs 0.
     """
 
     moments: torch.Tensor
@@ -49,16 +57,24 @@ class Batch:
     prompt_embeds: torch.Tensor
     weights: torch.Tensor
     places: list[int]
+    image_moments: torch.Tensor | None = None
+    image_posterior_noise: torch.Tensor | None = None
+    image_factors: torch.Tensor | None = None
+    skipped: list[str] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device; from pinned memory the copies do not wait."""
-        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "places"}
-        return Batch(**moved, places=self.places)
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The same in pinned memory."""
-        pinned = {name: value.pin_memory() for name, value in vars(self).items() if name != "places"}
-        return Batch(**pinned, places=self.places)
+        return self._with_tensors(torch.Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        tensors: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **tensors)
 
 
 def alphas_cumprod(config: dict[str, Any]) -> torch.Tensor:
@@ -89,7 +105,9 @@ def alphas_cumprod(config: dict[str, Any]) -> torch.Tensor:
     return torch.from_numpy(abar).float()
 
 
-def sample_latents(moments: torch.Tensor, posterior_noise: torch.Tensor, scaling_factor: float) -> torch.Tensor:
+def sample_latents(
+    moments: torch.Tensor, posterior_noise: torch.Tensor, scaling_factor: float | torch.Tensor
+) -> torch.Tensor:
     """z0 [B, C, T, H, W] float32: a draw from the posterior, scaled."""
     mean, logvar = moments.float().chunk(2, dim=1)
     std = torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE))
@@ -177,25 +195,68 @@ def noisy_input(batch: Batch, facts: Facts, schedule: torch.Tensor) -> tuple[tor
     return noisy.transpose(1, 2), target.transpose(1, 2)
 
 
+def image_condition(batch: Batch, frames: int) -> torch.Tensor | None:
+    """What stands beside z_t on the channels, [B, T', C, H, W] float32; None: text-to-video.
+
+        [f E, 0, ..., 0]               f the image factor, E a draw from the encoding of the noised first frame
+
+    over the T' latent frames that the transformer is given: the pipeline pads its frames before it places the image,
+    so that where 1.5 pads in front, the image is beside the pad and not beside the first frame.
+
+    Args:
+        frames: T'.
+    """
+    if batch.image_moments is None:
+        return None
+    assert batch.image_posterior_noise is not None
+    assert batch.image_factors is not None
+    image = sample_latents(batch.image_moments, batch.image_posterior_noise, batch.image_factors.view(-1, 1, 1, 1, 1))
+    image = image.transpose(1, 2)
+    return torch.cat([image, image.new_zeros(image.shape[0], frames - 1, *image.shape[2:])], dim=1)
+
+
 def velocity_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each sample [B], in float32."""
     return (predicted.float() - target).pow(2).flatten(1).mean(dim=1)
 
 
+def loss_weights(timesteps: torch.Tensor, schedule: torch.Tensor, config: TrainConfig) -> torch.Tensor:
+    """What the loss at each timestep [B] weighs in the gradient, float32: 1, or by `--loss_weighting min_snr`
+
+        max(floor, min(SNR, gamma) / (SNR + 1))      SNR = abar / (1 - abar)
+
+    written without the division, which has no value at t = 0 of a schedule whose abar rounds to 1.
+
+    Args:
+        schedule: abar [1000] on the timesteps' device.
+    """
+    if config.loss_weighting == "none":
+        return torch.ones(timesteps.shape, device=timesteps.device)
+    abar = schedule[timesteps]
+    return torch.minimum(abar, config.min_snr_gamma * (1 - abar)).clamp(min=config.min_snr_floor)
+
+
 def batch_loss(
     transformer: Any, batch: Batch, facts: Facts, schedule: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The loss of each place [B] of a micro-batch; places without a sample count, their weight is the caller's.
+    """The loss of each place [B] of a micro-batch, unweighted: `loss_weights` and empty places are the caller's.
 
     Args:
         dtype: of the frozen base, that its inputs are given in.
     """
     noisy, target = noisy_input(batch, facts, schedule)
+    _, frames, _, height, width = noisy.shape
+    given: dict[str, torch.Tensor | None] = {}
+    condition = image_condition(batch, frames)
+    if condition is not None:
+        noisy = torch.cat([noisy, condition], dim=2)
+        given["ofs"] = None if facts.ofs_embed_dim is None else noisy.new_full((1,), OFS, dtype=dtype)
     predicted = transformer(
         hidden_states=noisy.to(dtype),
         encoder_hidden_states=batch.prompt_embeds.to(dtype),
         timestep=batch.timesteps,
-        image_rotary_emb=rotary_embedding(facts, noisy.shape[1], noisy.shape[3], noisy.shape[4], noisy.device),
+        image_rotary_emb=rotary_embedding(facts, frames, height, width, noisy.device),
         return_dict=False,
+        **given,
     )[0]
     return velocity_loss(predicted, target)

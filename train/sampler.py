@@ -3,10 +3,14 @@
 An epoch is shuffled, grouped by bucket, cut into global batches of one bucket, and the batches are shuffled. A global
 batch is what one optimizer step sees, over all ranks and accumulation; its places are dealt to ranks and micro-batches
 by arithmetic. So every rank has equally many micro-batches, and one integer, the step, says where a run stands.
+
+Where all weights are equal, an epoch has every sample exactly once. Else it has as many draws as there are samples, the
+same number of each bucket in each epoch, and a sample has its share of them, rounded up or down (systematic sampling).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -26,19 +30,44 @@ class Sampler:
         buckets: [N] a number per sample, equal for samples of one bucket.
         global_batch: places of a global batch.
         digest: of the data set version.
+        numbers: of the samples that are trained on; None: all.
+        weights: [N] how often a sample is drawn, beside others; None: all alike.
+        drop_last: leave out batches that are not full.
     """
 
     buckets: np.ndarray
     global_batch: int
     digest: str
     seed: int
+    numbers: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    drop_last: bool = False
     _epochs: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def steps_per_epoch(self) -> int:
         """Global batches of an epoch, the same in each."""
-        _, counts = np.unique(self.buckets, return_counts=True)
-        return int(np.sum(-(-counts // self.global_batch)))
+        return sum(self._batches(draws) for _, draws in self._groups)
+
+    @cached_property
+    def _groups(self) -> list[tuple[np.ndarray, int]]:
+        """The numbers of each bucket's samples, and how many draws it has in an epoch."""
+        numbers = np.arange(len(self.buckets)) if self.numbers is None else self.numbers
+        numbers = numbers.astype(np.int32 if len(self.buckets) < 2**31 else np.int64)
+        numbers = numbers[np.argsort(self.buckets[numbers], kind="stable")]
+        _, counts = np.unique(self.buckets[numbers], return_counts=True)
+        groups = np.split(numbers, np.cumsum(counts)[:-1])
+        if self.weights is None:
+            return list(zip(groups, counts.tolist(), strict=True))
+        shares = np.array([self.weights[group].sum() for group in groups])
+        exact = shares / shares.sum() * len(numbers)
+        draws = np.floor(exact).astype(int)
+        most_cut = np.argsort(draws - exact, kind="stable")[: len(numbers) - draws.sum()]
+        draws[most_cut] += 1
+        return [(group, count) for group, count in zip(groups, draws.tolist(), strict=True) if count]
+
+    def _batches(self, draws: int) -> int:
+        return draws // self.global_batch if self.drop_last else -(-draws // self.global_batch)
 
     def batch(self, step: int) -> np.ndarray:
         """The global batch [global_batch] of a step, counted from 0 over all epochs."""
@@ -51,21 +80,29 @@ class Sampler:
         return batches[row]
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """The epoch's global batches [steps_per_epoch, global_batch]: samples by number, each exactly once.
+        """The epoch's global batches [steps_per_epoch, global_batch]: samples by number.
 
         Missing places hold MISSING and come last in their batch.
         """
         rng = np.random.Generator(np.random.PCG64(seed_for(self.seed, self.digest, epoch, "order")))
-        order = rng.permutation(len(self.buckets))
-        order = order[np.argsort(self.buckets[order], kind="stable")]
-        batches = []
-        _, counts = np.unique(self.buckets, return_counts=True)
-        for group in np.split(order, np.cumsum(counts)[:-1]):
-            padded = np.full(-(-len(group) // self.global_batch) * self.global_batch, MISSING, np.int64)
-            padded[: len(group)] = group
-            batches.append(padded.reshape(-1, self.global_batch))
-        joined = np.concatenate(batches)
+        joined = np.concatenate([self._cut(order) for order in self._orders(rng)])
         return joined[rng.permutation(len(joined))]
+
+    def _orders(self, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """The draws of each bucket, shuffled."""
+        for group, draws in self._groups:
+            order = rng.permutation(group)
+            if self.weights is not None:
+                ends = np.cumsum(self.weights[order])
+                spots = (np.arange(draws) + rng.random()) * (ends[-1] / draws)
+                order = rng.permutation(order[np.minimum(np.searchsorted(ends, spots, "right"), len(order) - 1)])
+            yield order
+
+    def _cut(self, order: np.ndarray) -> np.ndarray:
+        """[batches, global_batch] of a bucket's draws."""
+        cut = np.full(self._batches(len(order)) * self.global_batch, MISSING, order.dtype)
+        cut[: len(order)] = order[: len(cut)]
+        return cut.reshape(-1, self.global_batch)
 
 
 @dataclass(frozen=True)
