@@ -16,7 +16,7 @@ CRF = "17"  # of x264: no difference to be seen; 0 is lossless, 23 its default
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: Fraction) -> None:
-    """Write a video, complete or not at all. The same frames give the same bytes.
+    """Write a video, complete or not at all. Compare videos by their frames: x264 may code the same frames otherwise.
 
     Args:
         path: its final name.

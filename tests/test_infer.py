@@ -181,10 +181,7 @@ def test_a_video_comes_back_with_its_frames_rate_and_colours(tmp_path):
     path = tmp_path / "bars.mp4"
 
     write_mp4(path, frames, Fraction(30000, 1001))
-    first = path.read_bytes()
-    write_mp4(path, frames, Fraction(30000, 1001))
 
-    assert path.read_bytes() == first
     assert [file.name for file in tmp_path.iterdir()] == ["bars.mp4"]
     found, rate = read_video(path)
     assert (found.shape, rate) == (frames.shape, Fraction(30000, 1001))
