@@ -117,6 +117,17 @@ def test_a_reader_that_is_epochs_ahead_takes_nothing_from_the_loop():
         assert ahead == order.epoch(step + 5)[0].tolist()
 
 
+def test_an_epoch_is_made_once_although_a_reader_is_several_ahead(monkeypatch):
+    made, plain = [], Sampler.epoch
+    monkeypatch.setattr(Sampler, "epoch", lambda self, epoch: (made.append(epoch), plain(self, epoch))[1])
+    sampler = Sampler(np.zeros(3, np.uint8), 1, "data set", seed=0)
+    for step in range(90):
+        sampler.batch(step + 16)
+        sampler.batch(step)
+    assert len(made) == len(set(made)) == 36
+    assert len(sampler._epochs) < 30, "nor are all kept"
+
+
 def test_three_samples_on_four_ranks_give_every_rank_the_same_number_of_micro_batches():
     deal = Deal(batch_size=2, ranks=4, accumulation=2)
     (batch,) = sampler(np.zeros(3, int), deal.global_batch).epoch(0)

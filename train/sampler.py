@@ -20,6 +20,7 @@ from shared.errors import ConfigError
 from shared.seeds import seed_for
 
 MISSING = -1  # a place that no sample fills: the last batch of a bucket may be short
+STEPS_AHEAD = 64  # that a reader in a thread may be: of a small data set it is epochs, which both would make in turns
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,7 @@ class Sampler:
         batches = self._epochs.get(epoch)
         if batches is None:
             batches = self._epochs[epoch] = self.epoch(epoch)
-            for old in sorted(self._epochs)[:-2]:  # a reader ahead, in a thread, may be in the next one
+            for old in sorted(self._epochs)[: -2 - STEPS_AHEAD // self.steps_per_epoch]:
                 self._epochs.pop(old, None)
         return batches[row]
 
