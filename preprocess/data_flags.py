@@ -53,7 +53,7 @@ class DataFlags:
         """Decoding processes where there are so many cores."""
         return self.dataloader_num_workers or min(max(cores - 1, 1), MOST_DECODERS)
 
-    def records(self, *, needs_captions: bool = True, besides: Path | None = None) -> Iterator[Record]:
+    def records(self, *, to_caption: bool = False, besides: Path | None = None) -> Iterator[Record]:
         """The records of the manifest; the arguments are those of `iter_manifest`."""
         return iter_manifest(
             dataset_name=self.dataset_name,
@@ -63,6 +63,6 @@ class DataFlags:
             video_column=self.video_column,
             follow_links=self.follow_links,
             cache_dir=self.cache_dir,
-            needs_captions=needs_captions,
+            to_caption=to_caption,
             besides=besides,
         )
