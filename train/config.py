@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,24 +9,7 @@ from shared.config import check_name, secret
 from shared.errors import ConfigError
 from shared.validation import check_validation_flags
 from train.local_cache import parse_size
-
-PRODIGY = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
-
-# Flags that change the numbers of a run: it is gone on from with the same values. The base model, its dtype, the global
-# batch, the number of steps, the target modules and what --init_lora holds are compared as they come out, with what the
-# data set says.
-FIXED = (
-    "seed", "rank", "lora_alpha", "caption_dropout", "timestep_sampling", "optimizer", "learning_rate", "lr_scheduler",
-    "lr_warmup_steps", "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
-    "max_grad_norm",
-    "base_precision", "use_8bit_adam", "captions", "drop_last",
-    "noised_image_dropout", "image_factor", "drop_learned_positions",
-    "use_rslora", "use_dora", "lora_dropout", "ema_decay", "loss_weighting", "min_snr_gamma", "min_snr_floor",
-    "scale_lr", "lr_step_rules", "allow_tf32", *PRODIGY,
-)  # fmt: skip
-
-_NUMBER = r"\d+(\.\d*)?([eE][+-]?\d+)?"
-STEP_RULES = re.compile(rf"({_NUMBER}:\d+,)*{_NUMBER}")  # as diffusers reads them
+from train.optim_flags import check_optimizer_flags
 
 
 @dataclass(frozen=True)
@@ -296,35 +278,7 @@ class TrainConfig:
         for name in ("caption_dropout", "noised_image_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"--{name} {getattr(self, name)}; must be a probability, 0 to 1")
-        self._check_optimizer()
-
-    def _check_optimizer(self) -> None:
-        for name in ("adam_beta1", "adam_beta2", "prodigy_beta3"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise ConfigError(f"--{name} {value}; must be at least 0 and below 1")
-        if not 0 <= self.adam_epsilon < float("inf"):
-            raise ConfigError(f"--adam_epsilon {self.adam_epsilon}; must not be negative")
-        if self.optimizer == "prodigy":
-            for name in ("learning_rate", "adam_epsilon"):
-                if not getattr(self, name) > 0:
-                    raise ConfigError(f"--{name} {getattr(self, name)}; must be above 0 with --optimizer prodigy")
-            if self.use_8bit_adam:
-                raise ConfigError("--use_8bit_adam: is of adam and adamw; leave it out with --optimizer prodigy")
-        else:
-            for name in PRODIGY:
-                if getattr(self, name) is not None and getattr(self, name) is not False:
-                    raise ConfigError(f"--{name}: is of --optimizer prodigy; this is {self.optimizer}")
-        if (self.lr_step_rules is None) == (self.lr_scheduler == "piecewise_constant"):
-            raise ConfigError(
-                f"--lr_step_rules {self.lr_step_rules}: with --lr_scheduler {self.lr_scheduler}; piecewise_constant "
-                "takes rules such as 1:500,0.1:800,0.01, and no other schedule does"
-            )
-        if self.lr_step_rules is not None and not STEP_RULES.fullmatch(self.lr_step_rules):
-            raise ConfigError(
-                f"--lr_step_rules {self.lr_step_rules}; must be FACTOR:STEP with commas between and a last FACTOR, "
-                "such as 1:500,0.1:800,0.01"
-            )
+        check_optimizer_flags(self)
 
     @property
     def datasets(self) -> list[tuple[str, float]]:

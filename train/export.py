@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -16,10 +16,6 @@ from shared.config import parse_config
 from shared.console import say
 from shared.errors import ConfigError, run_command
 from shared.storage import fsync_folder
-
-if TYPE_CHECKING:
-    from shared.models import Checkpoint
-    from train.formats import TrainedLora
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,8 @@ class ExportConfig:
 def main(argv: list[str]) -> int:
     """Write what was asked for."""
     config = parse_config(ExportConfig, argv, "python -m train.export")
-    from train.card import write_card  # late: --help and a typo are answered at once
+    from train.base import open_base  # late: --help and a typo are answered at once
+    from train.card import write_card
     from train.formats import TrainedLora, write_comfyui, write_fused, write_peft
 
     lora = TrainedLora.read(config.run)
@@ -75,23 +72,11 @@ def main(argv: list[str]) -> int:
         elif config.format == "peft":
             write_peft(lora, folder)
         else:
-            write_fused(lora, _open_base(config, lora), folder)
+            facts = lora.facts
+            trained_on = {"name": facts.base_model, "revision": facts.revision, "variant": facts.variant}
+            write_fused(lora, open_base(config, trained_on), folder)
     say("export", f"{output}: {', '.join(sorted(path.name for path in output.iterdir()))}; see docs/handing_over.md")
     return 0
-
-
-def _open_base(config: ExportConfig, lora: TrainedLora) -> Checkpoint:
-    """The checkpoint to merge into: the one that was asked for, else the one that the LoRA was trained on."""
-    from shared.models import open_checkpoint
-
-    asked, facts = config.pretrained_model_name_or_path, lora.facts
-    return open_checkpoint(
-        asked or facts.base_model,
-        revision=config.revision if asked else config.revision or facts.revision,
-        variant=config.variant if asked else config.variant or facts.variant,
-        cache_dir=config.cache_dir,
-        weights=("transformer",),
-    )
 
 
 @contextmanager
