@@ -74,6 +74,16 @@ class Lora:
         return any(name.startswith(COMFYUI_PREFIX) for name in _shapes(self.path))
 
     @property
+    def rank(self) -> int:
+        """The largest rank of its matrices."""
+        pattern, ranks = COMFYUI if self.is_comfyui else MATRIX, [0]
+        for name, shape in _shapes(self.path).items():
+            match = pattern.fullmatch(name)
+            if match and match["side"] in ("A", "down"):
+                ranks.append(shape[0])
+        return max(ranks)
+
+    @property
     def says_alpha(self) -> bool:
         """Whether the file holds its alpha; one that does not is taken to have its rank."""
         return self.adapter is not None or any(name.endswith(".alpha") for name in _shapes(self.path))

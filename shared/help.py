@@ -54,8 +54,9 @@ def help_text(config_type: type, prog: str) -> str:
     found = flags_of(config_type)
     places = " ".join(flag.usage for flag in found if flag.heading == ARGUMENTS)
     lines = [f"usage: {prog} {places + ' ' if places else ''}[--FLAG VALUE ...]", ""]
-    lines += textwrap.wrap(inspect.getdoc(config_type) or "", columns)
-    lines += ["", "--no_FLAG takes back a flag without a value; underscores and hyphens are the same."]
+    for paragraph in (inspect.getdoc(config_type) or "").split("\n\n"):
+        lines += [*textwrap.wrap(paragraph, columns), ""]
+    lines += ["--no_FLAG takes back a flag without a value; underscores and hyphens are the same."]
     for heading in dict.fromkeys(flag.heading for flag in found):
         lines += ["", _bold(heading)]
         for flag in found:
