@@ -62,6 +62,8 @@ class Lora:
         """
         source, weight = split_weight(told)
         match = HUB_ID.fullmatch(source)
+        if match and not match["revision"] and Path(match["name"]).parent.is_dir():
+            match = None  # a folder `runs` is here, so runs/mistyped is no repository
         if match and not source.startswith((".", "~")) and not Path(source).expanduser().exists():
             path, hub = _fetch(source, match, cache_dir)
             return cls(path, *read_metadata(path), weight, hub)

@@ -96,7 +96,7 @@ def test_videos_that_are_made_at_once_are_counted(wide, slicing):
         assert planned[phase] == pytest.approx(found[phase], rel=0.06), phase
     one = forecast(wide, WORK, levers)
     assert planned["denoise"] > 1.3 * one["denoise"]
-    assert planned["decode"] > (1.02 if slicing else 2) * one["decode"]
+    assert planned["decode"] > (1.01 if slicing else 2) * one["decode"]
 
 
 def parameter_bytes(checkpoint: Checkpoint, part: str) -> int:
