@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,8 +79,12 @@ def test_where_t5_is_larger_than_the_gpu_its_layers_wait_and_its_embeddings_are_
     assert capsys.readouterr().out == ""
     waiting = TextEncoder(checkpoint, "float32", "float32")
     assert "its layers wait on the host" in capsys.readouterr().out
-    hooked = [sum(hasattr(module, "_diffusers_hook") for module in one._encoder.modules()) for one in (enough, waiting)]
+    hooked = [sum(hasattr(part, "_diffusers_hook") for part in one._encoder.modules()) for one in (enough, waiting)]
     assert hooked[0] == 0
     assert hooked[1] > 10
     for _ in range(2):
         assert np.array_equal(waiting.encode(prompts), whole.encode(prompts))
+    gone = weakref.ref(waiting._encoder)
+    del waiting
+    gc.collect()
+    assert gone() is None, "T5 leaves before the VAE comes"
