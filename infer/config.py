@@ -70,7 +70,7 @@ class InferConfig:
     guidance_scale: float = 6.0
     """How strongly the prompt guides (classifier-free guidance), at least 0; up to 1: not at all, in half the time."""
     use_dynamic_cfg: bool = False
-    """Vary the guidance from step to step as diffusers does; it is no ramp there (see docs)."""
+    """Vary the guidance from step to step as diffusers does; it is no ramp there (docs/infer.md)."""
     seed: int = 42
     """Seed of a video's noise, at least 0; of several videos of a prompt the first one's."""
     num_videos: int = 1
@@ -96,9 +96,9 @@ class InferConfig:
     transformer_precision: Literal["native", "int8", "fp8"] | None = None
     """Bits of the transformer's weights; fp8 needs an Ada GPU or a newer one. Default: the preset's."""
     text_encoder_precision: Literal["native", "int8", "fp8"] | None = None
-    """The same of T5's weights."""
+    """The same of T5's weights; default: the preset's."""
     vae_precision: Literal["native", "int8", "fp8"] | None = None
-    """The same of the VAE's weights."""
+    """The same of the VAE's weights; default: native."""
     quantiser: Literal["torchao", "quanto"] | None = None
     """Library that makes int8 and fp8; default: torchao."""
     layerwise_casting: bool = False
@@ -119,6 +119,7 @@ class InferConfig:
     def __post_init__(self) -> None:
         if isinstance(self.lora, str):  # its letters would be taken for LoRAs
             object.__setattr__(self, "lora", (self.lora,))
+        self.check_numbers()
         if self.recipe is not None:
             self._check_recipe()
             return
@@ -130,6 +131,19 @@ class InferConfig:
             raise ConfigError(f"--prompt {self.prompt!r}; must not be empty")
         if not self.lora and self.lora_scale != 1:
             raise ConfigError(f"--lora_scale {self.lora_scale}: there is no LoRA to scale; give --lora")
+        if self.compare is not None:
+            if not self.lora:
+                raise ConfigError(f"--compare {self.compare}: there is no LoRA to compare with; give --lora")
+            if self.lora_scale != 1:
+                raise ConfigError(f"--lora_scale {self.lora_scale} with --compare {self.compare}; give one of them")
+            self.scales()
+
+    def check_numbers(self) -> None:
+        """Refuse numbers that are out of their ranges.
+
+        Raises:
+            ConfigError: as said.
+        """
         if not math.isfinite(self.lora_scale):
             raise ConfigError(f"--lora_scale {self.lora_scale}; must be a finite number")
         if not 1 <= self.num_inference_steps <= 1000:
@@ -141,12 +155,6 @@ class InferConfig:
         for name in ("num_videos", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)}; must be at least 1")
-        if self.compare is not None:
-            if not self.lora:
-                raise ConfigError(f"--compare {self.compare}: there is no LoRA to compare with; give --lora")
-            if self.lora_scale != 1:
-                raise ConfigError(f"--lora_scale {self.lora_scale} with --compare {self.compare}; give one of them")
-            self.scales()
         if self.fps is not None and not 1 <= self.fps <= 1000:
             raise ConfigError(f"--fps {self.fps}; must be 1 to 1000 frames per second, such as 8")
 

@@ -47,6 +47,8 @@ class Work:
         dtype, text_dtype: of transformer and VAE, and of T5.
         guided: with classifier-free guidance.
         rank: of a LoRA; 0: none.
+        videos: that are made at once.
+        encodes_text: by T5; else embeddings are there, and T5 is not loaded.
     """
 
     bucket: Bucket
@@ -54,6 +56,8 @@ class Work:
     text_dtype: str
     guided: bool = True
     rank: int = 0
+    videos: int = 1
+    encodes_text: bool = True
 
 
 def forecast(checkpoint: Checkpoint, work: Work, levers: Levers) -> dict[str, int]:
@@ -62,12 +66,13 @@ def forecast(checkpoint: Checkpoint, work: Work, levers: Levers) -> dict[str, in
     fp8 is counted as int8 and quanto as torchao, whose weights are as many bytes but for scales.
     """
     configs = {part: json.dumps(checkpoint.config(part)) for part in ("transformer", "vae", "text_encoder")}
-    text = _text(configs["text_encoder"], checkpoint.facts.max_text_seq_length, work.text_dtype, levers.offload,
-                 levers.text_encoder_precision, levers.device_map is not None)  # fmt: skip
-    peaks = {"text": text}
+    peaks = {"text": 0}
+    if work.encodes_text:
+        peaks["text"] = _text(configs["text_encoder"], checkpoint.facts.max_text_seq_length, work.text_dtype,
+                              levers.offload, levers.text_encoder_precision, levers.device_map is not None)  # fmt: skip
     idle, denoise = _denoise(checkpoint.facts, configs["transformer"], work, levers)
-    vae, decode = _decode(configs["vae"], work.bucket, work.dtype, levers.offload, levers.vae_precision,
-                          levers.vae_tiling)  # fmt: skip
+    vae, decode = _decode(configs["vae"], work, levers.offload, levers.vae_precision, levers.vae_tiling,
+                          levers.vae_slicing)  # fmt: skip
     # an image is encoded before, after which model offload leaves the VAE where it is
     stays = levers.offload in ("none", "group") or (levers.offload == "model" and checkpoint.facts.image_to_video)
     peaks["denoise"] = denoise + (vae if stays else 0)
@@ -125,7 +130,7 @@ def _inputs(facts: Facts, work: Work) -> dict[str, Any]:
     """What the pipeline gives to the transformer at a step."""
     frames, height, width = work.bucket.latent_shape
     frames += -frames % (facts.patch_size_t or 1)
-    dtype, batch = getattr(torch, work.dtype), BOTH if work.guided else 1
+    dtype, batch = getattr(torch, work.dtype), work.videos * (BOTH if work.guided else 1)
     given: dict[str, Any] = {
         "hidden_states": torch.zeros(batch, frames, facts.in_channels, height, width, dtype=dtype),
         "encoder_hidden_states": torch.zeros(batch, facts.max_text_seq_length, facts.text_embed_dim, dtype=dtype),
@@ -140,20 +145,24 @@ def _inputs(facts: Facts, work: Work) -> dict[str, Any]:
 
 
 @lru_cache
-def _decode(config: str, bucket: Bucket, dtype: str, offload: str, precision: str, tiling: bool) -> tuple[int, int]:
-    """Bytes of the VAE's weights, and the peak of decoding a clip and making frames of it."""
+def _decode(config: str, work: Work, offload: str, precision: str, tiling: bool, slicing: bool) -> tuple[int, int]:
+    """Bytes of the VAE's weights, and the peak of decoding clips and making frames of them."""
     from diffusers import AutoencoderKLCogVideoX
 
-    with _counting(dtype) as (ledger, host):
+    with _counting(work.dtype) as (ledger, host):
         vae = AutoencoderKLCogVideoX.from_config(json.loads(config)).requires_grad_(False).eval()
         _quantise(vae, precision)
         _settle(vae, _layers(vae) if offload == "sequential" else None, ahead=False, ledger=ledger, host=host)
         if tiling:
             vae.enable_tiling()
+        if slicing:
+            vae.enable_slicing()
         weights = ledger.held("device")
         pipeline = TextToVideo(tokenizer=None, text_encoder=None, vae=vae, transformer=None, scheduler=None)
-        frames, height, width = bucket.latent_shape
-        latents = torch.zeros(1, frames, vae.config.latent_channels, height, width, dtype=getattr(torch, dtype))
+        frames, height, width = work.bucket.latent_shape
+        latents = torch.zeros(
+            work.videos, frames, vae.config.latent_channels, height, width, dtype=getattr(torch, work.dtype)
+        )
         ledger.start_anew()
         video = pipeline.decode_latents(latents)
         pipeline.video_processor.postprocess_video(video, output_type="pt")

@@ -7,9 +7,11 @@ Shapes: F frames, H and W height and width in pixels, L tokens, D features.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -28,13 +30,14 @@ from infer.recipe import Recipe
 from infer.request import Request, warn
 from infer.split import take_own_gpu
 from infer.video import write_mp4
-from shared.errors import ModelError
+from shared.errors import ConfigError, ModelError
 from shared.models import Checkpoint, choose_device, load_transformer, load_vae
 from shared.storage import canonical_json, write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 MOST_DENOMINATOR = 1001  # of a frame rate: 29.97 stands for 30000/1001
 
 
@@ -55,7 +58,16 @@ class Video:
 
 
 def generate(request: Request) -> Iterator[Video]:
-    """Make a video for each recipe that has none, and the recipe beside it; it is yielded when both are on the disk."""
+    """Make a video for each recipe that has none, and the recipe beside it; it is yielded when both are on the disk.
+
+    Raises:
+        ConfigError: the GPU's memory runs out, or the folder cannot be written any more; what is made stays.
+    """
+    with _told_in_one_line(request):
+        yield from _videos(request)
+
+
+def _videos(request: Request) -> Iterator[Video]:
     again = request.frames_sha256 is not None  # to make a video again is to make it, wherever it is
     missing = [recipe for recipe in request.recipes if again or not recipe.is_made(request.folder)]
     names = {recipe.name for recipe in missing}
@@ -70,6 +82,27 @@ def generate(request: Request) -> Iterator[Video]:
             comparison.make(request.folder, frame_rate(comparison.recipes[0]))
         path, prompt = request.folder / f"{comparison.name}.mp4", comparison.recipes[0].prompt
         yield Video(path, prompt, time.monotonic() - start, made)
+
+
+@contextmanager
+def _told_in_one_line(request: Request) -> Iterator[None]:
+    """Inside, a GPU's memory that runs out and a folder that can no longer be written are a user's to mend."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        levers = request.levers
+        if levers.offload in ("group", "sequential") and levers.vae_tiling:
+            way = "give a smaller --height, --width or --num_frames"
+        else:
+            way = "give --preset low or lowest; python -m infer.plan tells what each holds"
+        raise ConfigError(f"the GPU's memory ran out; what is made stays; {way}") from error
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        raise ConfigError(
+            f"--output_dir {request.folder}: cannot be written ({error.strerror}); make room, or give another folder: "
+            "the same command goes on with what is not there yet"
+        ) from error
 
 
 def make_videos(request: Request, recipes: list[Recipe]) -> Iterator[Video]:

@@ -62,6 +62,8 @@ class Lora:
         """
         source, weight = split_weight(told)
         match = HUB_ID.fullmatch(source)
+        if match and not match["revision"] and Path(match["name"]).parent.is_dir():
+            match = None  # a folder `runs` is here, so runs/mistyped is no repository
         if match and not source.startswith((".", "~")) and not Path(source).expanduser().exists():
             path, hub = _fetch(source, match, cache_dir)
             return cls(path, *read_metadata(path), weight, hub)
@@ -72,6 +74,16 @@ class Lora:
     def is_comfyui(self) -> bool:
         """Whether its matrices are under ComfyUI's names."""
         return any(name.startswith(COMFYUI_PREFIX) for name in _shapes(self.path))
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its matrices."""
+        pattern, ranks = COMFYUI if self.is_comfyui else MATRIX, [0]
+        for name, shape in _shapes(self.path).items():
+            match = pattern.fullmatch(name)
+            if match and match["side"] in ("A", "down"):
+                ranks.append(shape[0])
+        return max(ranks)
 
     @property
     def says_alpha(self) -> bool:

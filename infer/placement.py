@@ -1,7 +1,7 @@
 """Where a pipeline's weights are: on the device, on the host until they are needed, or dealt to several GPUs.
 
-What only CUDA can run is here and was not run where this was written: copies, streams, pinned memory, more GPUs than
-one. The tests run the same hooks with a CPU in the GPU's place, and compare the frames.
+What only CUDA can run is here and in shared/offload.py, and was not run where this was written: copies, streams, pinned
+memory, more GPUs than one. The tests run the same hooks with a CPU in the GPU's place, and compare the frames.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 
 from infer.memory import Levers
 from shared.errors import ConfigError
+from shared.offload import offload_in_groups
 
 
 def check_several(levers: Levers, device: str) -> None:
@@ -41,7 +42,7 @@ def place(pipeline: Any, levers: Levers, device: str) -> None:
         for part in (pipeline.transformer, pipeline.vae):
             _offload_layers(part, own_device(device))
     elif levers.offload == "group":
-        _offload_in_groups(pipeline.transformer, own_device(device), "block_level")
+        offload_in_groups(pipeline.transformer, own_device(device), "block_level")
         pipeline.vae.to(own_device(device))
     else:
         pipeline.to(own_device(device))
@@ -54,7 +55,7 @@ def place_text_encoder(encoder: Any, levers: Levers, device: str) -> None:
     elif levers.offload == "sequential":
         _offload_layers(encoder, own_device(device))
     elif levers.offload == "group":
-        _offload_in_groups(encoder, own_device(device), "leaf_level")  # T5's blocks are not where blocks are looked for
+        offload_in_groups(encoder, own_device(device), "leaf_level")  # T5's blocks are not where blocks are looked for
     else:
         encoder.to(own_device(device))
 
@@ -76,22 +77,6 @@ def _offload_layers(module: Any, device: torch.device) -> None:
     from accelerate import cpu_offload
 
     cpu_offload(module, device)
-
-
-def _offload_in_groups(module: Any, device: torch.device, kind: str) -> None:
-    """diffusers' group offload: one block or layer on the device, and the next on its way beside the computation."""
-    from diffusers.hooks import apply_group_offloading
-
-    streamed = device.type == "cuda"
-    apply_group_offloading(
-        module,
-        onload_device=device,
-        offload_device=torch.device("cpu"),
-        offload_type=kind,
-        num_blocks_per_group=1 if kind == "block_level" else None,
-        use_stream=streamed,
-        record_stream=streamed,
-    )
 
 
 def split_over(module: Any, blocks: str, devices: list[torch.device]) -> None:

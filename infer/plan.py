@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from infer.config import InferConfig
+from infer.lora import Lora, check_together
 from infer.memory import PRESETS, Levers, combine
 from infer.published import GUIDE, PUBLISHED
+from infer.recipes import choose_bucket, first_facts
 from shared.config import parse_config
-from shared.errors import ConfigError, ModelError, run_command
-from shared.geometry import Bucket
-from shared.sizes import check_bucket
+from shared.errors import ConfigError, LoraError, ModelError, run_command
+from shared.lora import LoraFacts
+from shared.prompt_file import PromptRow
 
 if TYPE_CHECKING:
     from infer.forecast import Work
@@ -28,33 +30,44 @@ NOTES = (
 
 @dataclass(frozen=True)
 class PlanConfig(InferConfig):
-    """Count what inference will hold, before there is a GPU: the run's memory flags, size and dtype, over each preset.
+    """Count what inference will hold, before there is a GPU: the run's flags, and those at the end.
 
-    Without --pretrained_model_name_or_path all five published checkpoints are counted, at their own sizes.
+    Each preset is counted, or the one that is given. Without a LoRA and a checkpoint all five published checkpoints
+    are, at their own sizes. Flags that change no memory are taken and not looked at: put .plan behind a run's infer.
     """
 
+    PLAN: ClassVar[str] = "Plan"
     rank: int = 0
-    """Rank of a LoRA to count with them; 0: none."""
+    """Rank of a LoRA that is not there yet, at least 0; 0: none."""
     json: bool = False
     """Print one JSON object in place of a table; in bytes."""
 
     def __post_init__(self) -> None:  # a plan needs no prompt
-        if self.lora:
-            raise ConfigError(f"--lora {self.lora[0]}: a plan reads none; give its --rank")
+        if isinstance(self.lora, str):
+            object.__setattr__(self, "lora", (self.lora,))
+        self.check_numbers()
+        if self.recipe is not None:
+            raise ConfigError(f"--recipe {self.recipe}: a plan reads none; give the flags that made the video")
         if self.rank < 0:
-            raise ConfigError(f"--rank {self.rank}; must be 0 or more")
+            raise ConfigError(f"--rank {self.rank}; must be at least 0")
+        if self.rank and self.lora:
+            raise ConfigError(
+                f"--rank {self.rank} with --lora {self.lora[0]}, whose file says it; leave one of them out"
+            )
 
 
 def main(argv: list[str]) -> int:
     """Print the plan."""
     config = parse_config(PlanConfig, argv, "python -m infer.plan")
     rows = _rows(config)  # mistakes are told before torch loads
-    checkpoints = _checkpoints(config)
+    loras = [Lora.read(told, config.cache_dir) for told in config.lora]
+    check_together(loras, base_is_given=config.pretrained_model_name_or_path is not None)
+    checkpoints = _checkpoints(config, first_facts(loras))
     from infer.forecast import forecast  # late: --help and a typo are answered at once
 
     counted = []
     for checkpoint in checkpoints:
-        work = _work(config, checkpoint)
+        work = _work(config, checkpoint, loras)
         for name, levers in rows.items():
             peaks = forecast(checkpoint, work, levers)
             counted.append(_record(checkpoint, name, work, peaks, levers))
@@ -78,40 +91,44 @@ def _rows(config: PlanConfig) -> dict[str, Levers]:
     return rows
 
 
-def _checkpoints(config: PlanConfig) -> list[Checkpoint]:
-    if config.pretrained_model_name_or_path is None:
+def _checkpoints(config: PlanConfig, facts: LoraFacts | None) -> list[Checkpoint]:
+    """What to count: the checkpoint that is given, else the LoRAs', else all that are published."""
+    name, revision, variant = config.pretrained_model_name_or_path, config.revision, config.variant
+    if name is None and config.lora:
+        if facts is None:
+            raise LoraError(
+                f"{config.lora[0]}: does not say what it was trained on; give --pretrained_model_name_or_path"
+            )
+        name, revision, variant = facts.base_model, revision or facts.revision, variant or facts.variant
+    if name is None:
         return list(PUBLISHED)
     from shared.models import open_checkpoint
 
-    return [
-        open_checkpoint(
-            config.pretrained_model_name_or_path,
-            revision=config.revision,
-            variant=config.variant,
-            cache_dir=config.cache_dir,
-            weights=(),
-        )
-    ]
+    return [open_checkpoint(name, revision=revision, variant=variant, cache_dir=config.cache_dir, weights=())]
 
 
-def _work(config: PlanConfig, checkpoint: Checkpoint) -> Work:
+def _work(config: PlanConfig, checkpoint: Checkpoint, loras: list[Lora]) -> Work:
+    """What to count: the largest of the videos that are asked for."""
     from infer.forecast import Work
 
-    facts = checkpoint.facts
-    bucket = Bucket(
-        config.num_frames or facts.sample_frames,
-        config.height or facts.native_size[0],
-        config.width or facts.native_size[1],
+    facts = first_facts(loras)
+    rows = config.rows() if config.prompts else [PromptRow("")]
+    buckets = [choose_bucket(row, config, checkpoint, facts) for row in rows]
+    return Work(
+        max(buckets, key=lambda one: one.frames * one.height * one.width),
+        _dtype(config, checkpoint, "transformer", facts and facts.dtype),
+        _dtype(config, checkpoint, "text_encoder", facts and facts.text_dtype),
+        guided=config.guidance_scale > 1,
+        rank=config.rank or sum(lora.rank for lora in loras),
+        videos=config.batch_size,
+        encodes_text=config.cache is None,
     )
-    check_bucket(bucket, facts, checkpoint.name, drop_learned_positions=False)
-    dtypes = [_dtype(config, checkpoint, part) for part in ("transformer", "text_encoder")]
-    return Work(bucket, dtypes[0], dtypes[1], guided=config.guidance_scale > 1, rank=config.rank)
 
 
-def _dtype(config: PlanConfig, checkpoint: Checkpoint, part: str) -> str:
+def _dtype(config: PlanConfig, checkpoint: Checkpoint, part: str, trained: str | None) -> str:
     """The dtype of a part: the weights that tell it need not be here, and are then taken to be bfloat16."""
-    if config.dtype != "auto":
-        return config.dtype
+    if config.dtype != "auto" or trained:
+        return trained if config.dtype == "auto" and trained else config.dtype
     try:
         return checkpoint.stored_dtype(part)
     except ModelError:
@@ -124,6 +141,8 @@ def _record(checkpoint: Checkpoint, name: str, work: Work, peaks: dict[str, int]
         "checkpoint": checkpoint.name,
         "preset": name,
         "bucket": str(work.bucket),
+        "videos": work.videos,
+        "rank": work.rank,
         "dtype": work.dtype,
         "peak_device_bytes": max(peaks.values()),
         "phases": peaks,
@@ -134,7 +153,9 @@ def _record(checkpoint: Checkpoint, name: str, work: Work, peaks: dict[str, int]
 def _line(row: dict[str, Any], *, is_first: bool) -> str:
     head = ""
     if is_first:
-        head = f"{row['checkpoint']}  {row['bucket']}  {row['dtype']}\n"
+        head = f"{row['checkpoint']}  {row['bucket']}  {row['dtype']}"
+        head += f"  {row['videos']} at once" * (row["videos"] > 1) + f"  LoRA of rank {row['rank']}" * (row["rank"] > 0)
+        head += "\n"
         head += "".join(f"{word:>10}" for word in ("GB", "peak", *row["phases"], "guide")) + "\n"
     figures = [row["peak_device_bytes"] / GB, *(size / GB for size in row["phases"].values())]
     guide = "" if row["guide_gb"] is None else f"{row['guide_gb']:>10.1f}"

@@ -7,6 +7,7 @@ So whatever does not fit is refused at once, and before anything large is downlo
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def resolve(config: InferConfig) -> Request:
         UserError: something that was asked for does not fit, or would replace another video.
     """
     processes = world()[1]
-    digest = None
+    folder, digest = Path(config.output_dir).expanduser(), None
+    check_folder(folder)
     if config.recipe is not None:
         file = Path(config.recipe).expanduser()
         recipe, digest = replay_recipe(Recipe.read(file)), frames_digest_in(file)
@@ -81,7 +83,6 @@ def resolve(config: InferConfig) -> Request:
         lora.check_fits(checkpoint)
         if not lora.says_alpha:
             warn(f"{lora.path} does not hold its alpha: it is taken to be its rank; else give the weight alpha/rank")
-    folder = Path(config.output_dir).expanduser()
     for recipe in recipes:
         recipe.is_made(folder)
     try:
@@ -94,6 +95,19 @@ def resolve(config: InferConfig) -> Request:
     own = [recipe for recipe in recipes if recipe.name in names]
     told = (config.cache, config.dataset, comparisons, config.batch_size, digest, levers)
     return Request(loras, checkpoint, own, folder, *told)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse an output folder that cannot be written, before anything is fetched. Makes nothing.
+
+    Raises:
+        ConfigError: it, or what it would be made in, is no folder or may not be written.
+    """
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise ConfigError(f"--output_dir {folder}: {there} is no folder; give another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output_dir {folder}: {there} may not be written; give a folder of yours")
 
 
 def by_group(recipes: list[Recipe]) -> list[list[Recipe]]:

@@ -73,36 +73,34 @@ def caption(config: CaptionConfig) -> Outcome:
         UserError: a manifest, a model or a file that cannot be used; no clip has a caption.
     """
     output = Path(config.output)
-    captioner = _model(config, config.caption_model, config.caption_revision, sees=True)
-    rewriter = _model(config, config.rewrite_model, config.rewrite_revision, sees=False)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with Journal(output.with_name(f".{output.name}.unfinished")) as journal:
-        return _Run(config, output, journal, captioner, rewriter).finish()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        opened = Journal(output.with_name(f".{output.name}.unfinished"))
+    except OSError as error:
+        raise ConfigError(
+            f"--output {output}: cannot be written ({error.strerror}); give a path in a folder of yours"
+        ) from error
+    with opened as journal:
+        return _Run(config, output, journal).finish()
 
 
 class _Run:
     """One run: the rows that it changes step by step, and the texts that are made so far, by clip."""
 
-    def __init__(
-        self,
-        config: CaptionConfig,
-        output: Path,
-        journal: Journal,
-        captioner: ModelFiles | None,
-        rewriter: ModelFiles | None,
-    ) -> None:
+    def __init__(self, config: CaptionConfig, output: Path, journal: Journal) -> None:
         self._config, self._output, self._journal = config, output, journal
-        self._captioner, self._rewriter = captioner, rewriter
         self._captioned: dict[Key, tuple[str, Author]] = {}
         self._rewritten: dict[tuple[Key, str], tuple[str, Author]] = {}
         self._failed: dict[Key, VideoError] = {}
         self._recipes: dict[str, dict[str, Any]] = {}
         self._is_told = False
         self._outcome = Outcome()
+        self._read_manifest()  # a mistake in it must not cost a download of gigabytes
+        self._captioner = _model(config, config.caption_model, config.caption_revision, sees=True)
+        self._rewriter = _model(config, config.rewrite_model, config.rewrite_revision, sees=False)
         self._caption_author = self._author(self._captioner, self._caption_recipe)
         self._rewrite_author = self._author(self._rewriter, self._rewrite_recipe)
         self._recall()
-        self._read_manifest()
 
     def _author(self, model: ModelFiles | None, recipe: Callable[[], dict[str, Any]]) -> Author | None:
         if model is None:
@@ -172,9 +170,13 @@ class _Run:
         outcome, rows = self._outcome, [row for row in self._rows if row.caption] + self._unnamed
         outcome.rows, outcome.unnamed = named(rows, self._output), len(self._unnamed)
         used = {recipe for row in rows for recipe in (row.caption_recipe, row.rewrite_recipe)}
-        add_recipes(self._output, {name: facts for name, facts in self._recipes.items() if name in used})
-        self._tell_rejected()
-        write_manifest(self._output, outcome.rows)
+        try:
+            add_recipes(self._output, {name: facts for name, facts in self._recipes.items() if name in used})
+            self._tell_rejected()
+            write_manifest(self._output, outcome.rows)
+        except OSError as error:
+            way = "make room and run the same command again: what it has stays"
+            raise ManifestError(f"{self._output}: cannot be written ({error.strerror}); {way}") from error
         self._journal.remove()
         return outcome
 

@@ -11,14 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from shared.console import say
 from shared.errors import ModelError
 from shared.models import Checkpoint, choose_device, load_text_encoder, load_vae
+from shared.offload import offload_in_groups
 
+ROOM_BYTES = 1 << 30  # that T5's weights must leave free of a GPU: for what it makes of the prompts, and for kernels
 IMAGE_BATCH = 3  # single frames encoded together: with what the VAE pads before each, no more than a clip's 8 take
 
 
 class TextEncoder:
-    """T5 as the pipeline runs it: padded to the full length, no attention mask.
+    """T5 as the pipeline runs it: padded to the full length, no attention mask. Where it is larger than what is free of
+    the GPU's memory, its layers come from the host one by one.
 
     Args:
         dtype: that T5 runs in.
@@ -27,8 +31,12 @@ class TextEncoder:
 
     def __init__(self, checkpoint: Checkpoint, dtype: str, cache_dtype: str) -> None:
         self._device = choose_device()
-        tokenizer, encoder = load_text_encoder(checkpoint, getattr(torch, dtype))
-        self._tokenizer, self._encoder = tokenizer, encoder.to(self._device)
+        self._tokenizer, self._encoder = load_text_encoder(checkpoint, getattr(torch, dtype))
+        if fits_whole(self._encoder, self._device):
+            self._encoder.to(self._device)
+        else:
+            say("T5", "is larger than the GPU's free memory: its layers wait on the host; slower, the same numbers")
+            offload_in_groups(self._encoder, torch.device(self._device), "leaf_level")
         self._length = checkpoint.facts.max_text_seq_length
         self._cache_dtype = np.dtype(cache_dtype)
 
@@ -52,6 +60,17 @@ class TextEncoder:
             if not np.isfinite(one).all():
                 raise ModelError(f"T5's embedding of {prompt!r:.80} is not finite; give --dtype bfloat16 or float32")
         return array
+
+
+def fits_whole(module: Any, device: str) -> bool:
+    """Whether a model's weights fit into what is free of the device's memory, with ROOM_BYTES beside them."""
+    free = free_bytes(device)
+    return free is None or sum(parameter.nbytes for parameter in module.parameters()) + ROOM_BYTES <= free
+
+
+def free_bytes(device: str) -> int | None:
+    """Bytes of this process's GPU that are free; None on a CPU, whose memory the weights are in already."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else None
 
 
 class Pending:

@@ -68,7 +68,8 @@ def _memory(spool: Spool, config: PreprocessConfig, checkpoint: Checkpoint, stor
     from preprocess.memory import text_peak, video_peak  # late: torch
 
     prompts = text_peak(checkpoint, dtype=stores.text_dtype, batch=config.text_batch_size)
-    yield f"memory    T5 {prompts / GIB:.2f} GiB for {config.text_batch_size} prompts at a time, in {stores.text_dtype}"
+    how = f"{config.text_batch_size} prompts at a time, in {stores.text_dtype}"
+    yield f"memory    T5 {prompts / GIB:.2f} GiB for {how}; a GPU with less takes it layer by layer"
     other = tile_geometry(checkpoint) if stores.tiling is None else None
     for bucket in sorted({sample.bucket for _, _, sample in spool.samples()}, key=str):
         told = []

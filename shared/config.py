@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from shared.console import Terminal, configure, fail
 from shared.errors import ConfigError
-from shared.help import help_text
+from shared.help import flags_of, help_text
 
 Config = TypeVar("Config")
 
@@ -103,13 +103,34 @@ def _parse(config_type: type[Config], words: list[str], prog: str) -> Config:
 def _one_line(config_type: Any, said: str, words: list[str], prog: str) -> str:
     """What the parser said in a box of several parts: the first of them, and the flags that may have been meant."""
     rows = [line.strip("│ ") for line in said.splitlines() if line[:1] not in ("╭", "╰")]
-    bars = [place for place, row in enumerate(rows) if row.startswith("───")]
+    bars = [place for place, row in enumerate(rows) if re.fullmatch("[─-]{3,}", row)]
+    if "╭" not in said and bars:  # a terminal of ASCII has no box: the title comes first, and a bar below it
+        rows, bars = rows[bars[0] + 1 :], [place - bars[0] - 1 for place in bars[1:]]
     what = " ".join(" ".join(rows[: bars[0] if bars else None]).split()).rstrip(".")
+    if parsed := re.match(r"(?:Error parsing|invalid choice .* for argument) '?--(\w+)", what):
+        what = _refusal(config_type, parsed[1], words) or what
+    elif lacking := re.match(r"Missing value for argument '(--\w+)'", what):
+        what = f"{lacking[1]}: its value is missing"
     names = [field.name for field in (*dataclasses.fields(config_type), *dataclasses.fields(Terminal))]
     unknown = [word for word in words if word.startswith("--") and _name(word).removeprefix("no_") not in names]
     close = [name for word in unknown for name in difflib.get_close_matches(_name(word), names, n=1)]
     hint = f"; did you mean {' or '.join(f'--{name}' for name in dict.fromkeys(close))}?" if close else ""
     return f"{what}{hint}{'' if close else ';'} see {prog} --help"
+
+
+def _refusal(config_type: type, name: str, words: list[str]) -> str | None:
+    """The value that a flag was given and what it must be; None: it takes other values than numbers and choices."""
+    values = [
+        word.partition("=")[2] if "=" in word else following
+        for word, following in zip(words, [*words[1:], ""], strict=True)
+        if word.startswith("--") and _name(word) == name
+    ]
+    kinds = {flag.name: flag.usage.partition(" ")[2] for flag in flags_of(config_type)}
+    kind = kinds.get(name, "")
+    must = {"N": "a whole number", "X": "a number"}.get(
+        kind, f"one of {', '.join(kind.split('|'))}" if "|" in kind else ""
+    )
+    return f"--{name} {values[-1]}; must be {must}" if values and must else None
 
 
 def _split_config_files(argv: list[str]) -> tuple[list[Path], list[str]]:

@@ -164,7 +164,7 @@ class Progress(Generic[T]):
             return
         now = time.monotonic()
         pause = min(max((now - self._began) / 20, FIRST_SECONDS), MOST_SECONDS)
-        if self._shown and now - self._told >= pause:
+        if self._shown and now - self._told >= pause and self._done != self._total:  # of the end `close` tells
             self._tell_line(now)
 
     def close(self) -> None:

@@ -160,11 +160,22 @@ def _size(size_bytes: int) -> str:
 
 
 def check_model(name: str) -> Iterator[Finding]:
-    """Whether a checkpoint's folder is whole: every config, every weight file to its last byte, the tokenizer."""
+    """Whether a checkpoint is whole: every config, every weight file to its last byte, the tokenizer.
+
+    Args:
+        name: a folder, or a hub id, of which the hub's cache on this machine is looked at.
+    """
     from shared.models import CONFIG_FILES, WEIGHTS, Checkpoint, lacking_bytes, open_checkpoint
 
-    mend = f"hf download OWNER/NAME --local-dir {shlex.quote(name)}"
-    if not Path(name).expanduser().is_dir():
+    folder, fetch = Path(name).expanduser(), f"--local-dir {shlex.quote(name)}"
+    mend = f"hf download OWNER/NAME {fetch}"
+    if not folder.is_dir() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        found, fetch, mend = _fetched(name), "", f"hf download {name}"
+        if found is None:
+            yield Finding("model", "missing", f"{name}: no such folder, and not in the hub's cache here", mend)
+            return
+        folder = found
+    elif not folder.is_dir():
         yield Finding("model", "missing", f"{name}: no such folder", mend)
         return
     faults: list[str] = []
@@ -180,8 +191,8 @@ def check_model(name: str) -> Iterator[Finding]:
             if lacking := lacking_bytes(path):
                 faults.append(f"{path}: {'lacks' if lacking > 0 else 'has too many by'} {abs(lacking):,} bytes")
 
-    look(lambda: open_checkpoint(name, revision=None, variant=None, cache_dir=None, weights=()))
-    checkpoint = Checkpoint(name, None, None, Path(name).expanduser().resolve())
+    look(lambda: open_checkpoint(str(folder), revision=None, variant=None, cache_dir=None, weights=()))
+    checkpoint = Checkpoint(name, None, None, folder.absolute())  # the hub's files are links to blobs
     for part in CONFIG_FILES:
         look(lambda part=part: checkpoint.config(part))  # type: ignore[misc]
     for part in WEIGHTS:
@@ -191,7 +202,7 @@ def check_model(name: str) -> Iterator[Finding]:
     try:
         facts = checkpoint.facts
         hub_id = HUB_IDS.get((facts.image_to_video, facts.patch_size_t is not None, facts.rotary), "OWNER/NAME")
-        kind, mend = facts.kind, f"hf download {hub_id} --local-dir {shlex.quote(name)}"
+        kind, mend = facts.kind, f"hf download {hub_id} {fetch}" if fetch else mend
     except ModelError as error:
         kind = "no CogVideoX checkpoint"
         faults += [] if str(error) in faults else [str(error)]
@@ -200,6 +211,17 @@ def check_model(name: str) -> Iterator[Finding]:
         yield Finding("model", "wrong", f"{name}: {faults[0]}{more}", mend)
     else:
         yield Finding("model", "ok", f"{name}: {kind}, whole")
+
+
+def _fetched(hub_id: str) -> Path | None:
+    """The folder of the hub's cache that holds what was fetched of a repository, whole or not; None: nothing was."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
 
 
 # --- the command
@@ -248,7 +270,11 @@ def main(argv: list[str]) -> int:
         description="Tell whether this machine can run LatentReel, and the command that mends what is wrong. "
         "Exit status: 0 nothing is missing or wrong, 2 something is.",
     )
-    parser.add_argument("--model", metavar="FOLDER", help="also tell whether this checkpoint's folder is whole")
+    parser.add_argument(
+        "--model",
+        metavar="CHECKPOINT",
+        help="also tell whether this folder, or what was fetched of this hub id, is whole",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object: findings, and whether all is well")
     parser.add_argument("--only", choices=CHECKS, help=argparse.SUPPRESS)  # the life of a child process
     options = parser.parse_args(argv)

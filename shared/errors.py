@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -108,6 +109,9 @@ def run_command(main: Callable[[list[str]], int], argv: list[str] | None = None)
         debug = console.terminal().debug or os.environ.get("LATENTREEL_DEBUG") == "1"
         console.fail(" ".join(str(error).split()), traceback.format_exc() if debug else None)
         status = 2
+    except KeyboardInterrupt:
+        console.warn("by Ctrl-C: what is complete stays", "stopped")
+        status = 128 + signal.SIGINT
     except BrokenPipeError:  # `python -m ... | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1

@@ -54,8 +54,9 @@ def help_text(config_type: type, prog: str) -> str:
     found = flags_of(config_type)
     places = " ".join(flag.usage for flag in found if flag.heading == ARGUMENTS)
     lines = [f"usage: {prog} {places + ' ' if places else ''}[--FLAG VALUE ...]", ""]
-    lines += textwrap.wrap(inspect.getdoc(config_type) or "", columns)
-    lines += ["", "--no_FLAG takes back a flag without a value; underscores and hyphens are the same."]
+    for paragraph in (inspect.getdoc(config_type) or "").split("\n\n"):
+        lines += [*textwrap.wrap(paragraph, columns), ""]
+    lines += ["--no_FLAG takes back a flag without a value; underscores and hyphens are the same."]
     for heading in dict.fromkeys(flag.heading for flag in found):
         lines += ["", _bold(heading)]
         for flag in found:
@@ -131,7 +132,12 @@ def _docstring(node: ast.stmt | None) -> str:
 
 def _is_place(hint: Any) -> bool:
     """Whether it is given by its place, without a flag: `tyro.conf.Positional`."""
-    return any(repr(mark) == "Positional" for mark in getattr(hint, "__metadata__", ()))
+    return _is_marked(hint, "Positional")
+
+
+def _is_marked(hint: Any, name: str) -> bool:
+    """Whether a type has one of tyro's marks; by its name, as tyro takes time to import."""
+    return any(repr(mark) == name for mark in getattr(hint, "__metadata__", ()))
 
 
 def _usage(field: dataclasses.Field[Any], hint: Any, place: bool) -> str:
@@ -139,7 +145,8 @@ def _usage(field: dataclasses.Field[Any], hint: Any, place: bool) -> str:
         return field.name.upper() + (" ..." if "tuple" in str(hint) else "")
     if hint is bool:
         return f"--{field.name}" + (f", --no_{field.name}" if field.default else "")
-    return f"--{field.name} {_values(hint)}"
+    values = _values(hint)
+    return f"--{field.name} {values.removesuffix(' ...') if _is_marked(hint, 'UseAppendAction') else values}"
 
 
 def _values(hint: Any) -> str:

@@ -234,7 +234,9 @@ def find_lora(path: str, flag: str = "--lora") -> Path:
     given = Path(path).expanduser()
     file = given / FILE_NAME if given.is_dir() else given
     if not file.is_file():
-        raise LoraError(f"{flag} {path}: no such file, and no folder with {FILE_NAME}")
+        raise LoraError(
+            f"{flag} {path}: no such file, and no folder with {FILE_NAME}; give a run's --output_dir or a file"
+        )
     return file
 
 
@@ -250,9 +252,9 @@ def read_metadata(path: Path) -> tuple[dict[str, Any] | None, LoraFacts | None]:
         with safe_open(path, framework="np") as file:
             metadata, names = file.metadata() or {}, list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise LoraError(f"{path}: not a safetensors file ({error})") from error
+        raise LoraError(f"{path}: not a safetensors file ({error}); give a LoRA's, whole") from error
     if not any("lora" in name for name in names):
-        raise LoraError(f"{path}: holds {len(names)} tensors, none of a LoRA")
+        raise LoraError(f"{path}: holds {len(names)} tensors, none of a LoRA; give a LoRA of CogVideoX")
     try:
         adapter, told = (json.loads(metadata.get(name, "null")) for name in ("lora_adapter_metadata", "latentreel"))
         known = {field.name for field in fields(LoraFacts)}

@@ -80,8 +80,12 @@ def read_prompts(path: str, flag: str) -> list[PromptRow]:
     file = Path(path).expanduser()
     try:
         text = file.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{flag} {path}: cannot be read as UTF-8 text ({error})") from error
+    except OSError as error:
+        raise ConfigError(
+            f"{flag} {path}: cannot be read ({error.strerror}); give a .txt, .csv or .jsonl file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{flag} {path}: is not UTF-8 text ({error}); save it as UTF-8") from error
     cells = {".csv": _csv_cells, ".jsonl": _json_cells}.get(file.suffix.lower(), _text_cells)
     rows = [make_row(values, f"{path}:{line}", file.parent) for line, values in cells(text, path)]
     if not rows:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,10 @@ from infer.generate import batches, generate, make_batch
 from infer.recipe import Recipe
 from infer.request import resolve
 from infer.video import read_mp4
+from shared.config import parse_config
 from shared.errors import ConfigError, LoraError, ModelError
 from tests import tiny_model
+from tests.conftest import run_command
 from tests.test_infer import PROMPT, make, recipe_of
 from tests.test_lora_inference import random_lora
 
@@ -227,6 +231,54 @@ def test_a_batch_is_of_one_setting_and_no_larger_than_asked(three):
         [(5, 0.0), (6, 0.0)], [(5, 1.0), (6, 1.0)], [(7, 0.0)], [(7, 1.0)],
     ]  # fmt: skip
     assert [len(batch) for batch in batches(recipes_in(three), 1)] == [1] * 6
+
+
+@pytest.mark.parametrize("inside", ["", "/deeper/still"])
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_read(tmp_path, inside):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--output_dir .*: .*/file is no folder; give another"):
+        resolve(InferConfig(lora=("nowhere",), prompt=PROMPT, output_dir=f"{tmp_path}/file{inside}"))
+
+
+def test_a_folder_that_may_not_be_written_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # tests may run as root
+    with pytest.raises(ConfigError, match=r"--output_dir .*/videos: .* may not be written; give a folder of yours"):
+        resolve(InferConfig(lora=("nowhere",), prompt=PROMPT, output_dir=str(tmp_path / "videos")))
+
+
+def test_a_disk_that_fills_is_one_line_and_the_same_command_goes_on(lora, tmp_path):
+    """A limit on the size of files stands for the disk: it takes the first video and the page, not the second video."""
+    rows = ({"prompt": PROMPT}, {"prompt": PROMPT, "height": 192, "width": 288})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "videos"
+    words = ["--lora", str(lora), "--prompts", str(tmp_path / "rows.jsonl"), "--num_inference_steps", "1"]
+    words += ["--output_dir", str(folder)]
+    code = (
+        "import resource, signal\nfrom infer.__main__ import main\nfrom shared.errors import run_command\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "run_command(main)\n"
+    )
+    done = run_command("-c", code, *words)
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.splitlines()[-1]  # on a slow machine after one of progress
+    assert re.fullmatch(r"error: --output_dir .*: cannot be written \(File too large\); make room, .*", line)
+    (first,) = folder.glob("*.mp4")
+    left = {".index.lock", "index.html", first.name, first.with_suffix(".json").name}
+    assert {file.name for file in folder.iterdir()} == left, "nothing is there by half"
+    made = [video.made for video in generate(resolve(parse_config(InferConfig, words, "infer")))]
+    assert made == [False, True]
+
+
+def test_a_gpu_that_is_too_small_is_one_line(three, tmp_path, monkeypatch, capsys):
+    def too_large(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    told, _, _ = three
+    monkeypatch.setattr(generate_module, "make_frames", too_large)
+    with pytest.raises(
+        ConfigError, match=r"^the GPU's memory ran out; what is made stays; give --preset low or lowest"
+    ):
+        main(["--lora", told["lora"], "--prompt", PROMPT, "--output_dir", str(tmp_path)])
 
 
 def test_what_does_not_fit_is_made_in_halves(three, monkeypatch, capsys):

@@ -795,6 +795,29 @@ def test_other_mistakes_are_named(videos, talker, captioner, rewriter, tmp_path,
     assert (videos / "mine.csv").read_text() == "video,caption\n0.mp4,hand-written\n"
 
 
+def test_a_mistake_in_the_manifest_or_the_output_is_told_before_a_model_is_fetched(videos, monkeypatch, tmp_path):
+    monkeypatch.setattr(generation, "fetch_model", lambda *_, **__: pytest.fail("a model was fetched"))
+    with pytest.raises(ManifestError, match="nowhere"):
+        run(tmp_path / "nowhere", "--caption_model", "m", output="../captions.jsonl")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ConfigError, match=r"--output .*/file/c\.csv: cannot be written \(.+\); give a path in a folder"
+    ):
+        main(["--dataset_name", str(videos), "--output", str(tmp_path / "file" / "c.csv"), "--caption_model", "m"])
+
+
+def test_a_disk_that_fills_at_the_end_keeps_the_texts(videos, talker, captioner, monkeypatch):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("preprocess.captions.write_atomically", full)
+        with pytest.raises(ManifestError, match=r"captions\.jsonl: cannot be written \(No space left on device\)"):
+            run(videos, "--caption_model", captioner)
+    assert run(videos, "--caption_model", captioner) == 0
+    assert len(talker.heard) == 3, "no text twice"
+
+
 def test_what_is_no_such_model_is_named_in_one_line(videos, tiny_2b, rewriter, captioner, tmp_path):
     whole = ("--caption_model", captioner)
     for flags, said in (

@@ -13,7 +13,7 @@ import pytest
 
 from shared.config import parse_config, to_dict
 from shared.errors import ConfigError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_command
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,12 @@ def test_config_needs_a_file():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--lerning_rate", "1"], "--learning_rate"),  # the suggestion
-        (["--rank", "x"], "--rank"),
-        (["--optimizer", "sgd"], "adamw"),
+        (["--lerning_rate", "1"], "did you mean --learning_rate? see"),
+        (["--rank", "x"], "error: --rank x; must be a whole number; see"),
+        (["--rank=1.5"], "error: --rank 1.5; must be a whole number; see"),
+        (["--learning_rate", "fast"], "error: --learning_rate fast; must be a number; see"),
+        (["--rank"], "error: --rank: its value is missing; see"),
+        (["--optimizer", "sgd"], "error: --optimizer sgd; must be one of "),
         (["--rehash", "False"], "False"),  # never read as True
         (["stray"], "stray"),
     ],
@@ -182,7 +185,15 @@ def test_a_flag_that_does_not_parse_ends_with_2_and_a_hint(capsys, flags, said):
     printed = capsys.readouterr()
     assert ended.value.code == 2
     assert said in printed.err
-    assert printed.out == ""
+    assert (len(printed.err.splitlines()), printed.out) == (1, "")
+
+
+def test_a_terminal_that_knows_only_ascii_is_told_the_same():
+    code = "from tests.test_config import parse\nparse('--optimizer', 'sgd')"
+    told = [run_command("-c", code, PYTHONIOENCODING=encoding) for encoding in ("utf-8", "ascii")]
+    assert [done.returncode for done in told] == [2, 2]
+    assert told[0].stderr == told[1].stderr
+    assert told[0].stderr.startswith("error: --optimizer sgd; must be one of ")
 
 
 def test_a_wrong_type_in_a_file_is_said_as_of_the_flag(file, capsys):

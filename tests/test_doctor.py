@@ -260,6 +260,25 @@ def test_the_command_ends_with_2_and_the_way_to_mend_a_model(tmp_path):
     assert done.stdout.endswith(f"to mend it:\n    hf download OWNER/NAME --local-dir {tmp_path}/nowhere\n")
 
 
+def test_of_a_hub_id_the_hubs_cache_is_looked_at_and_nothing_is_fetched(tiny_2b, tmp_path, monkeypatch):
+    from shared.doctor import check_model
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (finding,) = check_model("tiny/model")
+    assert (finding.status, finding.mend) == ("missing", "hf download tiny/model")
+    repository, commit = tmp_path / "models--tiny--model", "a" * 40
+    snapshot = Path(shutil.copytree(tiny_2b, repository / "snapshots" / commit))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    (finding,) = check_model("tiny/model")
+    assert finding.status == "ok"
+    assert finding.detail.startswith("tiny/model: CogVideoX 1.0 text-to-video")
+    cut(snapshot / "vae" / "diffusion_pytorch_model.safetensors")
+    (finding,) = check_model("tiny/model")
+    assert (finding.status, finding.mend) == ("wrong", "hf download tiny/model")
+    assert "lacks 1,000 bytes" in finding.detail
+
+
 def test_every_kind_of_checkpoint_is_fetched_by_its_own_name(tmp_path):
     from shared.doctor import check_model
     from tests import tiny_model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from preprocess import encode
 from preprocess.encode import TextEncoder, VideoEncoder
 from preprocess.fingerprints import tile_geometry
 from preprocess.memory import text_peak, video_peak
@@ -61,3 +64,27 @@ def test_t5s_peak_is_that_of_a_real_encode(checkpoint, batch):
         ledger.start_anew()
         encoder.encode(["a red square"] * batch)
     assert planned == pytest.approx(ledger.peaks["device"].total, rel=0.05)
+
+
+def test_where_t5_is_larger_than_the_gpu_its_layers_wait_and_its_embeddings_are_the_same(
+    checkpoint, monkeypatch, capsys
+):
+    """With a CPU in the GPU's place: the same hooks, whose copies go nowhere. 5B is promised on 8 GB, and T5 has 9."""
+    prompts = ["a red square", "a blue disc moves to the left"]
+    whole = TextEncoder(checkpoint, "float32", "float32")
+    size_bytes = sum(parameter.nbytes for parameter in whole._encoder.parameters())
+    monkeypatch.setattr(encode, "free_bytes", lambda device: size_bytes + encode.ROOM_BYTES)
+    enough = TextEncoder(checkpoint, "float32", "float32")
+    monkeypatch.setattr(encode, "free_bytes", lambda device: size_bytes + encode.ROOM_BYTES - 1)
+    assert capsys.readouterr().out == ""
+    waiting = TextEncoder(checkpoint, "float32", "float32")
+    assert "its layers wait on the host" in capsys.readouterr().out
+    hooked = [sum(hasattr(part, "_diffusers_hook") for part in one._encoder.modules()) for one in (enough, waiting)]
+    assert hooked[0] == 0
+    assert hooked[1] > 10
+    for _ in range(2):
+        assert np.array_equal(waiting.encode(prompts), whole.encode(prompts))
+    gone = weakref.ref(waiting._encoder)
+    del waiting
+    gc.collect()
+    assert gone() is None, "T5 leaves before the VAE comes"

@@ -82,6 +82,11 @@ def test_with_log_json_a_defect_is_one_line_that_holds_its_traceback():
     assert told["fields"]["traceback"].startswith("Traceback")
 
 
+def test_ctrl_c_is_a_line_and_status_130(capsys):
+    assert status_of(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "stopped   by Ctrl-C: what is complete stays\n"
+
+
 def test_a_reader_that_has_seen_enough_is_no_traceback():
     code = (
         "from shared.errors import run_command\n"

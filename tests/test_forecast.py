@@ -24,7 +24,9 @@ def test_a_plan_tells_what_the_run_does_and_writes_nothing(tiny_2b, clips, tmp_p
     told = plan(cache, tiny_2b, clips, "--random_flip", "0.5", capsys=capsys)
     assert not cache.exists()
     assert told[:3] == ["clips     7 of 7", "bucket    9x64x96: 7 clips", "missing   7 clips to read, 8 of 8 prompts"]
-    assert re.fullmatch(r"memory    T5 \d\.\d\d GiB for 8 prompts at a time, in float32", told[4])
+    assert re.fullmatch(
+        r"memory    T5 \d\.\d\d GiB for 8 prompts at a time, in float32; a GPU with less takes .*", told[4]
+    )
     assert re.fullmatch(
         r"memory    VAE \d\.\d\d GiB untiled \(\d\.\d\d GiB in tiles of 240x360\) for 1 x 9x64x96, in float32", told[5]
     )

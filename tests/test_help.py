@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 from shared.console import Terminal
 from shared.errors import ConfigError
@@ -39,6 +39,8 @@ class Small:
     """Be fast."""
     rules: tuple[str, ...] = ()
     """Rules, several."""
+    added: UseAppendAction[tuple[str, ...]] = ()
+    """Added, one at a time."""
 
 
 def test_flags_are_under_the_heading_before_them():
@@ -49,6 +51,7 @@ def test_flags_are_under_the_heading_before_them():
     assert found["optimizer"] == ("How", "--optimizer adam|prodigy", "Which optimizer. (default: adam)")
     assert found["fast"] == ("How", "--fast, --no_fast", "Be fast. (default: on)")
     assert found["rules"] == ("How", "--rules TEXT ...", "Rules, several. (default: none)")
+    assert found["added"] == ("How", "--added TEXT", "Added, one at a time. (default: none)")
     assert found["quiet"][0] == found["config"][0] == found["help"][0] == TERMINAL
 
 

@@ -17,13 +17,14 @@ from infer.memory import Levers, install
 from infer.plan import main
 from infer.published import GUIDE, PUBLISHED
 from infer.quantise import quantise
-from shared.errors import ConfigError
+from shared.errors import UserError
 from shared.geometry import Bucket
 from shared.ledger import Ledger
 from shared.models import Checkpoint
 from tests import tiny_model
 from tests.conftest import run_command
 from tests.full_size import NAMES, transformer_config
+from tests.test_lora_inference import random_lora
 
 BUCKET = Bucket(9, 128, 192)
 WORK = Work(BUCKET, "float32", "float32")
@@ -36,7 +37,7 @@ def wide(tmp_path_factory):
     return Checkpoint(str(folder), None, None, folder)
 
 
-def tracked(checkpoint: Checkpoint, levers: Levers) -> dict[str, int]:
+def tracked(checkpoint: Checkpoint, levers: Levers, videos: int = 1) -> dict[str, int]:
     """The peaks of real tensors: T5 alone, a step of the transformer, decoding; as stage 3 runs them."""
     peaks = {}
     with torch.no_grad(), Ledger() as ledger:
@@ -53,7 +54,7 @@ def tracked(checkpoint: Checkpoint, levers: Levers) -> dict[str, int]:
         install(pipeline, levers, "cpu")
         for part in (pipeline.transformer, pipeline.vae):
             ledger.label([*part.parameters(), *part.buffers()], "weights")
-        embeds = torch.zeros(1, checkpoint.facts.max_text_seq_length, 32)
+        embeds = torch.zeros(videos, checkpoint.facts.max_text_seq_length, 32)
         ledger.start_anew()
         latents = pipeline(
             prompt_embeds=embeds,
@@ -85,6 +86,17 @@ def test_the_plan_agrees_with_a_real_run(wide, levers):
     assert list(planned) == list(PHASES)
     for phase in PHASES:
         assert planned[phase] == pytest.approx(found[phase], rel=0.06), phase
+
+
+@pytest.mark.parametrize("slicing", [True, False])
+def test_videos_that_are_made_at_once_are_counted(wide, slicing):
+    levers = Levers(vae_slicing=slicing)
+    planned, found = forecast(wide, replace(WORK, videos=3), levers), tracked(wide, levers, videos=3)
+    for phase in PHASES:
+        assert planned[phase] == pytest.approx(found[phase], rel=0.06), phase
+    one = forecast(wide, WORK, levers)
+    assert planned["denoise"] > 1.3 * one["denoise"]
+    assert planned["decode"] > (1.01 if slicing else 2) * one["decode"]
 
 
 def parameter_bytes(checkpoint: Checkpoint, part: str) -> int:
@@ -179,14 +191,49 @@ def test_the_table_has_a_row_for_each_preset_and_json_its_bytes(wide, capsys):
     ("words", "said"),
     [
         (("--device_map", "balanced", "--offload", "sequential"), "--device_map balanced: keeps all weights"),
-        (("--lora", "run"), "--lora run: a plan reads none; give its --rank"),
-        (("--rank", "-1"), "--rank -1; must be 0 or more"),
+        (("--lora", "nowhere"), "--lora nowhere: no such file"),
+        (("--lora", "run", "--rank", "8"), "--rank 8 with --lora run, whose file says it"),
+        (("--rank", "-1"), "--rank -1; must be at least 0"),
+        (("--guidance_scale", "nan"), "--guidance_scale nan"),
+        (("--batch_size", "0"), "--batch_size 0; must be at least 1"),
+        (("--recipe", "a.json"), "--recipe a.json: a plan reads none"),
         (("--height", "50"), "height 50: must be a multiple of 16"),
     ],
 )
 def test_a_mistake_is_told(words, said):
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(UserError, match=said):
         main(list(words))
+
+
+def test_a_runs_command_is_planned_as_it_stands(wide, tmp_path, capsys):
+    """Base, size and rank of the LoRA; of a file's rows the largest; what changes no memory is taken, too."""
+    lora = random_lora(wide.folder, tmp_path, frames=9, height=64, width=96)[1]
+    (tmp_path / "rows.csv").write_text("prompt,height,seed\na cat,,7\na dog,128,\n")
+    words = ("--lora", f"{lora}:0.5", "--prompts", tmp_path / "rows.csv", "--seed", 3, "--output_dir", "v", "--json")
+    (row,) = json.loads(plan(*words, "--preset", "balanced", capsys=capsys))["rows"]
+    assert (row["checkpoint"], row["bucket"], row["dtype"], row["rank"]) == (str(wide.folder), "9x128x96", "float32", 4)
+    alone = (
+        "--pretrained_model_name_or_path",
+        wide.folder,
+        "--height",
+        128,
+        "--width",
+        96,
+        "--num_frames",
+        9,
+        "--json",
+    )
+    (bare,) = json.loads(plan(*alone, "--rank", 4, "--preset", "balanced", capsys=capsys))["rows"]
+    assert row == bare
+    (other,) = json.loads(plan(*alone, "--preset", "balanced", capsys=capsys))["rows"]
+    assert other["phases"]["denoise"] < bare["phases"]["denoise"]
+
+
+def test_without_t5_there_is_no_phase_of_it(wide, capsys):
+    words = ("--pretrained_model_name_or_path", wide.folder, "--num_frames", 9, "--height", 64, "--width", 96, "--json")
+    for row in json.loads(plan(*words, "--cache", "cache", capsys=capsys))["rows"]:
+        assert row["phases"]["text"] == 0
+        assert row["peak_device_bytes"] == max(row["phases"]["denoise"], row["phases"]["decode"])
 
 
 def test_help_and_typos_of_the_plan_load_no_torch():

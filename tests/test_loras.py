@@ -233,6 +233,16 @@ def test_what_the_hub_does_not_give_is_one_line(tmp_path):
         Lora.read("runs/x.safetensors")
 
 
+def test_a_mistyped_path_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(
+        LoraError, match=r"^--lora runs/mistyped: no such file, .*; give a run's --output_dir or a file$"
+    ):
+        Lora.read("runs/mistyped:0.8")
+
+
 def test_loras_of_a_toml_file_are_replaced_by_flags(tmp_path):
     file = tmp_path / "infer.toml"
     file.write_text('lora = ["a:0.5", "b"]\nprompt = "x"\n')
