@@ -7,7 +7,7 @@ import re
 import pytest
 
 from preprocess.__main__ import main
-from shared.errors import UserError
+from shared.errors import ConfigError, UserError
 from tests import tiny_model
 from tests.test_preprocess import SIZE, preprocess
 
@@ -44,6 +44,11 @@ def test_a_plan_tells_what_the_run_does_and_writes_nothing(tiny_2b, clips, tmp_p
 def test_a_plan_of_nothing_but_rejected_clips_is_the_runs_refusal(tiny_2b, clips, tmp_path, capsys):
     with pytest.raises(UserError, match="all 7 clips were rejected"):
         plan(tmp_path / "cache", tiny_2b, clips, "--min_num_frames", "13", "--max_num_frames", "13", capsys=capsys)
+
+
+def test_two_looks_at_a_time_are_refused(tiny_2b, clips, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="--plan with --check_tiling: each is a look of its own; give one of them"):
+        plan(tmp_path / "cache", tiny_2b, clips, "--check_tiling", capsys=capsys)
 
 
 def test_the_bytes_of_a_plan_are_those_of_the_arrays(clips, tmp_path, capsys):
