@@ -38,10 +38,12 @@ def jobs(count: int, *, changed: tuple[int, ...] = ()) -> Any:
         yield SimpleNamespace(sample=sample, source=source, keys={False: b"k"}, frame_indices=list(range(9)))
 
 
-@pytest.mark.parametrize(("room", "most"), [(0, 1), (1, 1), (CLIP_BYTES, 1), (3.5 * CLIP_BYTES, 3), (99 * CLIP_BYTES, 7)])
+@pytest.mark.parametrize(
+    ("room", "most"), [(0, 1), (1, 1), (CLIP_BYTES, 1), (3.5 * CLIP_BYTES, 3), (99 * CLIP_BYTES, 7)]
+)
 def test_what_waits_is_within_the_bound_and_at_least_one_clip(monkeypatch, room, most):
     monkeypatch.setattr(clips, "AHEAD_BYTES", room)
-    pool, taken = Pool(), []
+    pool, taken = Pool(), list[Any]()
     with DecodeAhead(jobs(7), pool) as ahead:  # type: ignore[arg-type]
         for number, (path, future) in enumerate(pool.asked):
             future.set_result(number)

@@ -203,3 +203,25 @@ def test_only_the_numbers_that_are_trained_on_are_drawn(buckets, global_batch, h
     if len(numbers):
         batches = Sampler(buckets, global_batch, "d", 0, numbers).epoch(0)
         assert sorted(batches[batches != MISSING].tolist()) == numbers.tolist()
+
+
+@ours
+@given(
+    samples=st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 0.01, 1.0, 3.5])), min_size=1, max_size=40),
+    global_batch=st.integers(1, 5),
+    drop_last=st.booleans(),
+    is_weighted=st.booleans(),
+)
+def test_what_is_told_to_be_left_out_is_what_no_epoch_has(samples, global_batch, drop_last, is_weighted):
+    buckets, weights = (np.array(column) for column in zip(*samples, strict=True))
+    if not is_weighted:
+        weights = np.ones(len(buckets))
+    if not weights.any():
+        return
+    order = Sampler(buckets, global_batch, "d", 0, None, weights if is_weighted else None, drop_last)
+    seen: set[int] = set()
+    for epoch in range(4 if order.steps_per_epoch else 0):
+        batches = order.epoch(epoch)
+        seen |= set(buckets[batches[batches != MISSING]].tolist())
+    wanted = set(buckets[weights > 0].tolist())
+    assert order.left_out == {bucket: ((buckets == bucket) & (weights > 0)).sum() for bucket in wanted - seen}

@@ -69,6 +69,10 @@ class Mixture:
             [[dataset.digest, share] for dataset, share in zip(self.datasets, self.shares, strict=True)]
         ).hex()
 
+    def latent_keys(self) -> np.ndarray:
+        """What names the clip of each sample, [N, KEY_BYTES] uint8: equal in two data sets for the same clip."""
+        return np.concatenate([part.keys("latent") for part in self.parts])
+
     def sources(self) -> pa.ChunkedArray:
         """The video of each sample [N], as its manifest names it."""
         columns = [dataset.columns("source")["source"] for dataset in self.datasets]
