@@ -184,6 +184,20 @@ def test_drawn_captions_visit_each_clip_once_an_epoch(mixed, tmp_path):
     assert 12 <= Counter(drawn)["often"] <= 27  # of 30 by 6 : 3
 
 
+def test_a_clip_whose_captions_all_weigh_nothing_is_not_drawn(mixed, tmp_path, clips, tiny_2b):
+    cache, manifest = shutil.copytree(mixed, tmp_path / "cache"), tmp_path / "m.jsonl"
+    rows = [{"video": f"{number}.mp4", "caption": f"of {number}", "weight": float(number == 0)} for number in (0, 1, 0)]
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    words = ["--cache", cache, "--dataset", "some", "--pretrained_model_name_or_path", tiny_2b, "--dataset_name"]
+    words += [manifest, "--instance_data_root", clips, "--height", "64", "--width", "96", "--max_num_frames", "9"]
+    assert main([str(word) for word in words]) == 0
+    for drawn in ("draw", "all"):
+        run = tmp_path / drawn
+        train_here(cache, run, dataset="some", num_train_epochs=3, captions=drawn, learning_rate=0)
+        said = captions(cache, "some")
+        assert {said[sample] for row in rows_of(run) for sample in row["samples"]} == {"of 0"}
+
+
 def test_the_caption_that_is_told_is_the_one_that_is_read(mixed):
     (dataset,) = opened(mixed, "said")
     mixture, table = Mixture([dataset], draw_captions=True), dataset.columns("sample_id", "embedding_key", "latent_key")

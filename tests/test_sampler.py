@@ -185,6 +185,16 @@ def test_over_many_epochs_the_draws_are_as_the_weights():
     np.testing.assert_allclose(drawn / drawn.sum(), weights / weights.sum(), atol=0.01)
 
 
+def test_light_samples_among_a_million_have_their_share():
+    """In float32, as the samples keep their weights, a running sum of so many loses what a light one adds."""
+    count, light = 1_000_000, 100_000
+    weights = np.ones(count, np.float32)
+    weights[:light] = 0.01
+    batches = Sampler(np.zeros(count, np.uint8), 4, "d", 0, weights=weights).epoch(0)
+    drawn = np.count_nonzero(batches < light)
+    assert drawn == pytest.approx(count * 0.01 * light / weights.sum(dtype=np.float64), rel=0.2)
+
+
 @ours
 @given(buckets=buckets_of, global_batch=st.integers(1, 5))
 def test_dropping_the_last_leaves_full_batches_only(buckets, global_batch):

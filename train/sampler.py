@@ -76,7 +76,7 @@ class Sampler:
         groups = np.split(numbers, np.cumsum(counts)[:-1])
         if self.weights is None:
             return list(zip(groups, counts.tolist(), strict=True))
-        shares = np.array([self.weights[group].sum() for group in groups])
+        shares = np.array([self.weights[group].sum(dtype=np.float64) for group in groups])
         exact = shares / shares.sum() * len(numbers)
         draws = np.floor(exact).astype(int)
         most_cut = np.argsort(draws - exact, kind="stable")[: len(numbers) - draws.sum()]
@@ -110,7 +110,7 @@ class Sampler:
         for group, draws in self._groups:
             order = rng.permutation(group)
             if self.weights is not None:
-                ends = np.cumsum(self.weights[order])
+                ends = np.cumsum(self.weights[order], dtype=np.float64)  # float32 loses a light one among a million
                 spots = (np.arange(draws) + rng.random()) * (ends[-1] / draws)
                 order = rng.permutation(order[np.minimum(np.searchsorted(ends, spots, "right"), len(order) - 1)])
             yield order
