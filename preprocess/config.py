@@ -151,6 +151,8 @@ class PreprocessConfig(DataFlags):
                 f"--engine ray with --num_workers {self.num_workers}: one driver shares the clips among the cluster's "
                 "nodes; leave out --num_workers"
             )
+        if self.plan and self.check_tiling:
+            raise ConfigError("--plan with --check_tiling: each is a look of its own; give one of them")
         if self.engine == "ray" and self.tile == "auto":
             raise ConfigError("--tile auto with --engine ray: the nodes' memory is not this machine's; give on or off")
         for name in ("skip_frames_start", "skip_frames_end"):

@@ -51,6 +51,7 @@ from preprocess.tables import (
 )
 from shared.errors import ConfigError, ManifestError
 
+LARGEST = 1e9  # of a time in seconds, or of a weight: sums of them stay exact enough
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _QUOTED = re.compile(r'"([^"]*(?:"\w.*)?)"', re.DOTALL)  # but `"Stop" is on one sign, on the other "Go"` stays
 
@@ -211,8 +212,9 @@ def _number(origin: str, row: Mapping[str, Any], columns: tuple[str, ...]) -> fl
                 number = float(row[column])
             except (TypeError, ValueError, OverflowError):
                 number = math.nan
-            if not 0 <= number < math.inf:
-                raise ManifestError(f"{origin}: {column} = {row[column]!r}; must be a number of at least 0")
+            if not 0 <= number <= LARGEST:
+                must = f"must be a number from 0 to {LARGEST:g}"
+                raise ManifestError(f"{origin}: {column} = {row[column]!r}; {must}")
             return number
     return None
 

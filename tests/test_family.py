@@ -522,6 +522,8 @@ def test_learned_positions_that_are_not_there_cannot_be_dropped(models, caches, 
         preprocess(tmp_path / "cache", models["2b"], manifest, "--drop_learned_positions")
     with pytest.raises(ConfigError, match=r"--image_factor one: .* without images"):
         train_here(caches["5b"], tmp_path / "run", max_train_steps=1, image_factor="one")
+    with pytest.raises(ConfigError, match=r"--noised_image_dropout 0\.3: .* without images"):
+        train_here(caches["5b"], tmp_path / "run", max_train_steps=1, noised_image_dropout=0.3)
 
 
 def test_a_clip_that_does_not_fill_the_learned_count_is_rejected(models, tmp_path):

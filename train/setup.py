@@ -29,7 +29,7 @@ from train.check import check_dataset, check_flags, check_lora_file
 from train.checkpoint import FIXED, RunState, check_position, list_checkpoints, load_checkpoint, read_state
 from train.config import TrainConfig
 from train.ema import Ema
-from train.holdout import DRAWS, HeldOut, split_sources
+from train.holdout import DRAWS, HeldOut, are_among, held_samples
 from train.local_cache import LocalCache, parse_size
 from train.lora import find_initial, lora_facts, make_lora
 from train.memory import check_levers, prepare
@@ -75,6 +75,8 @@ def open_run(config: TrainConfig, accelerator: Accelerator) -> Run:
     initial = find_initial(config)
     position = {
         "base_model": base.name,
+        "base_revision": base.revision,
+        "base_variant": base.variant,
         "dtype": dtype,
         "held_out": held_out.digest if held_out else None,
         "max_train_steps": max_steps,
@@ -203,10 +205,17 @@ def _hold_out(
         other = open_dataset(samples.datasets[0].cache, config.holdout_dataset)
         others = Mixture([other], kinds=kinds_for(base.facts))
         check_dataset(other, base, others.bucket_names, drop_learned_positions=config.drop_learned_positions)
+        both = are_among(others.latent_keys(), samples.latent_keys())
+        if both.any():
+            raise ConfigError(
+                f"--holdout_dataset {config.holdout_dataset}: {both.sum()} of its {len(others)} samples are of clips "
+                f"that --dataset {config.dataset} trains on, the first {others.sources()[int(both.argmax())]}; leave "
+                "them out of one of the two"
+            )
         return HeldOut(others, LatentDataset(other, base.facts, DRAWS, **reading), np.arange(len(others))), None
     if not config.holdout:
         return None, None
-    held = split_sources(samples.sources(), config.holdout)
+    held = held_samples(samples, config.holdout)
     reader = LatentDataset(samples.datasets, base.facts, DRAWS, **reading)
     return HeldOut(samples, reader, np.flatnonzero(held)), held
 
@@ -316,5 +325,6 @@ def _find_checkpoint(
             return None
         folder = there[-1]
     else:
-        folder = next((path for path in (Path(asked), output_dir / asked) if path.is_dir()), Path(asked))
+        named = output_dir / asked if "/" not in asked else Path(asked)
+        folder = next((path for path in (Path(asked), output_dir / asked) if path.is_dir()), named)
     return folder, read_state(folder)
