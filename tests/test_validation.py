@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -169,20 +169,26 @@ def test_another_process_makes_those_of_checkpoints_that_have_none(cache, valida
 
 
 @pytest.mark.slow
-def test_a_watcher_sees_a_checkpoint_that_comes_later(validated, tmp_path):
+def test_a_watcher_sees_a_checkpoint_that_comes_later_and_ends_at_ctrl_c(validated, tmp_path):
+    """It has made those of another one before, so that it has looked already."""
     run = shutil.copytree(validated, tmp_path / "run")
-    shutil.rmtree(run / "validation" / "step-4")
+    for step in (2, 4):
+        shutil.rmtree(run / "validation" / f"step-{step}")
     (run / "checkpoint-4").rename(tmp_path / "later")
     words = [sys.executable, "-m", "train.validate", str(run), "--watch", "--poll", "0.2"]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as watcher:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as watcher:
         try:
-            time.sleep(3)
-            (tmp_path / "later").rename(run / "checkpoint-4")
             assert watcher.stdout is not None
+            assert "2 of step 2" in watcher.stdout.readline()
+            (tmp_path / "later").rename(run / "checkpoint-4")
             assert "2 of step 4" in watcher.stdout.readline()
+            watcher.send_signal(signal.SIGINT)
+            assert watcher.communicate(timeout=60) == ("", "")
         finally:
-            watcher.terminate()
-    assert len(recipes(run / "validation" / "step-4")) == 2
+            watcher.kill()
+    assert watcher.returncode == 0
+    assert all(len(recipes(run / "validation" / f"step-{step}")) == 2 for step in (2, 4))
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

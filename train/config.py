@@ -263,8 +263,8 @@ class TrainConfig:
             raise ConfigError("--validation_steps: stands in place of --validation_epochs; give one of them")
         check_validation_flags(self.validation_prompt, self.validation_prompts, self.validation_prompt_separator)
         for name in ("validation_timeout", "nccl_timeout"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"--{name} {getattr(self, name)}; must be above 0 seconds")
+            if not 0 < getattr(self, name) <= 1e9:
+                raise ConfigError(f"--{name} {getattr(self, name)}; must be above 0 seconds, and at most 1e9")
         if not self.lora_alpha > 0:
             raise ConfigError(f"--lora_alpha {self.lora_alpha}; must be above 0; usual values are rank and rank / 2")
         if not 0 <= self.holdout < 1:

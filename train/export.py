@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from shared.config import parse_config
-from shared.console import say
+from shared.console import say, warn
 from shared.errors import ConfigError, run_command
 from shared.storage import fsync_folder
 
 if TYPE_CHECKING:
+    from shared.lora import LoraFacts
     from shared.models import Checkpoint
     from train.formats import TrainedLora
 
@@ -77,7 +78,20 @@ def main(argv: list[str]) -> int:
         else:
             write_fused(lora, _open_base(config, lora), folder)
     say("export", f"{output}: {', '.join(sorted(path.name for path in output.iterdir()))}; see docs/handing_over.md")
+    for line in unsaid(lora.facts, config.format):
+        warn(f"{output}: {line}")
     return 0
+
+
+def unsaid(facts: LoraFacts, format: str) -> Iterator[str]:
+    """What a LoRA was trained with that a format's readers cannot know, a line each."""
+    if facts.drop_learned_positions and format != "fused":
+        yield "its reader must leave out the learned positions, as the LoRA was trained without them"
+    if facts.image_factor not in (None, "pipeline"):
+        yield (
+            f"its reader must multiply first frames as --image_factor {facts.image_factor} does; diffusers' pipeline "
+            "shows them at another brightness"
+        )
 
 
 def _open_base(config: ExportConfig, lora: TrainedLora) -> Checkpoint:
