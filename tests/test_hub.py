@@ -13,7 +13,7 @@ import torch
 import yaml
 from diffusers import CogVideoXTransformer3DModel
 
-from shared.config import to_dict
+from shared.config import parse_config, to_dict
 from shared.errors import ConfigError
 from shared.lora import FILE_NAME, read_metadata
 from tests import tiny_model
@@ -315,6 +315,23 @@ def test_a_typo_beside_a_token_does_not_tell_it(typo):
     done = run_command("-m", "train", "--push_to_hub", "--hub_token", TOKEN, *typo)
     assert done.returncode == 2
     assert TOKEN not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("words", [["--hub_tokn", TOKEN], [f"--hub-tokne={TOKEN}"], ["--token", TOKEN, "--rank", "4"]])
+def test_a_typo_in_the_name_of_the_token_s_flag_does_not_tell_it(words, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(TrainConfig, ["--push_to_hub", *words], "python -m train")
+    said = capsys.readouterr().err
+    assert TOKEN not in said
+    assert words[0].partition("=")[0] in said
+    assert "did you mean --hub_token?" in said
+
+
+def test_a_token_that_is_no_text_in_a_file_is_not_told(tmp_path):
+    (tmp_path / "train.toml").write_text(f'hub_token = ["{TOKEN}"]\n')
+    with pytest.raises(ConfigError, match=r"hub_token = .*must be a string") as told:
+        parse_config(TrainConfig, ["--config", str(tmp_path / "train.toml")], "python -m train")
+    assert TOKEN not in str(told.value)
 
 
 def test_what_cannot_be_pushed_is_told_before_anything_is_loaded(tmp_path, monkeypatch):

@@ -94,6 +94,22 @@ def test_points_are_counted_in_steps_or_epochs(flags, due):
     assert [step for step in range(10) if is_due(TrainConfig(**flags), step, steps_per_epoch=4)] == due
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"validation_prompt": " ::: "}, r"--validation_prompt ' ::: ': holds no prompt; .* or leave it out"),
+        ({"validation_prompt": ""}, r"--validation_prompt '': holds no prompt"),
+        ({"validation_inference_steps": 1001}, r"--validation_inference_steps 1001; must be 1 to 1000"),
+        ({"validation_inference_steps": 0}, r"--validation_inference_steps 0; must be 1 to 1000"),
+        ({"guidance_scale": float("inf")}, r"--guidance_scale inf; must be a number of 0 or more"),
+        ({"guidance_scale": -1.0}, r"--guidance_scale -1\.0; must be a number of 0 or more"),
+    ],
+)
+def test_what_stage_3_would_refuse_each_time_is_refused_at_once(flags, said):
+    with pytest.raises(ConfigError, match=said):
+        TrainConfig(**flags)
+
+
 BROKEN = {
     "fails": ("import sys; print('no memory left'); sys.exit(3)", "ended with status 3"),
     "is killed in the middle": (
