@@ -305,7 +305,7 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, *, drop_learned
     """The transformer (`CogVideoXTransformer3DModel`), frozen, on the CPU.
 
     Args:
-        drop_learned_positions: leave out the table of learned positions (5B-I2V), whose RoPE stays.
+        drop_learned_positions: leave out the table of learned positions (5B-I2V), whose RoPE stays; the config says so.
     """
     from diffusers import CogVideoXTransformer3DModel
 
@@ -315,4 +315,6 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, *, drop_learned
     )
     if drop_learned_positions:
         transformer.patch_embed.use_learned_positional_embeddings = False
+        transformer.patch_embed._buffers.pop("pos_embedding", None)
+        transformer.register_to_config(use_learned_positional_embeddings=False)
     return transformer.requires_grad_(False)

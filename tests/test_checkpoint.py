@@ -14,8 +14,8 @@ from shared.lora import read_metadata
 from shared.storage import FileLock
 from tests.training import facts_of, lora_of, only_line, rows_of, train_here
 from train import loop
-from train.checkpoint import list_checkpoints, read_state, rotate_checkpoints
-from train.config import FIXED, TrainConfig
+from train.checkpoint import FIXED, list_checkpoints, read_state, rotate_checkpoints
+from train.config import TrainConfig
 
 FILES = ("pytorch_lora_weights.safetensors", "optimizer.safetensors", "state.json")
 

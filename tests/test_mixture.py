@@ -16,6 +16,7 @@ from shared.errors import CheckpointError, ConfigError
 from tests.training import column, facts_of, lora_of, rows_of, train_here
 from train.config import TrainConfig
 from train.mixture import Mixture
+from train.plan import main as plan
 from train.samples import DrawSettings, Samples
 
 PLAIN = DrawSettings(seed=0, global_batch=4, stratified=True, random_flip=0.0, caption_dropout=0.0)
@@ -69,6 +70,14 @@ def test_numbers_run_through_the_data_sets(mixed):
         request = mixture.request(number, 3, 1, 1.0, PLAIN)
         assert request.dataset == part
         assert request.latent_key == parts[part].request(own, 3, 1, 1.0, PLAIN).latent_key
+
+
+def test_the_plan_counts_the_buckets_of_all_of_them(mixed, capsys):
+    """`few` has one bucket, `squares` that and another."""
+    for dataset, buckets in (("few", ["9x64x96"]), ("few:0.3,squares:0.7", ["9x64x96", "9x96x64"])):
+        capsys.readouterr()
+        assert plan(["--cache", str(mixed), "--dataset", dataset, "--rank", "4", "--json"]) == 0
+        assert [one["bucket"] for one in json.loads(capsys.readouterr().out)["buckets"]] == buckets
 
 
 def test_one_data_set_is_numbered_as_it_is(mixed):

@@ -118,8 +118,14 @@ def test_a_reader_that_is_epochs_ahead_takes_nothing_from_the_loop():
 
 
 def test_an_epoch_is_made_once_although_a_reader_is_several_ahead(monkeypatch):
-    made, plain = [], Sampler.epoch
-    monkeypatch.setattr(Sampler, "epoch", lambda self, epoch: (made.append(epoch), plain(self, epoch))[1])
+    made: list[int] = []
+    plain = Sampler.epoch
+
+    def counted(self: Sampler, epoch: int) -> np.ndarray:
+        made.append(epoch)
+        return plain(self, epoch)
+
+    monkeypatch.setattr(Sampler, "epoch", counted)
     sampler = Sampler(np.zeros(3, np.uint8), 1, "data set", seed=0)
     for step in range(90):
         sampler.batch(step + 16)

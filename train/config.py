@@ -28,7 +28,6 @@ class TrainConfig:
     OUTPUT: ClassVar[str] = "Output"
     output_dir: str = "runs/lora"
     """Where checkpoints, metrics.jsonl and the LoRA are written; one run each."""
-
     MODEL: ClassVar[str] = "Model"
     pretrained_model_name_or_path: str | None = None
     """Checkpoint to fine-tune: a folder or a hub id; default: the one that the data set was made with."""
@@ -192,7 +191,7 @@ class TrainConfig:
     validate_first: bool = False
     """Make a set before the first step too: what the base model does."""
     validation_inference_steps: int = 50
-    """Denoising steps of a validation video, at least 1."""
+    """Denoising steps of a validation video, 1 to 1000."""
     validation_timeout: float = 3600.0
     """Seconds, above 0, that stage 3 may take over a set before it is ended and training goes on."""
     guidance_scale: float = 6.0
@@ -230,7 +229,7 @@ class TrainConfig:
             raise ConfigError(f"--dataset {self.dataset}: names a data set twice; give it once, with one share")
         for name in ("rank", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "log_steps",
                      "checkpointing_steps", "lr_num_cycles", "max_bad_steps", "holdout_steps", "prefetch",
-                     "ff_chunks", "num_validation_videos", "validation_inference_steps"):  # fmt: skip
+                     "ff_chunks", "num_validation_videos"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)}; must be at least 1")
         parse_size(self.local_cache_size)
@@ -238,15 +237,19 @@ class TrainConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)}; must be at least 1, or left out")
         for name in ("dataloader_num_workers", "lr_warmup_steps", "learning_rate", "max_grad_norm",
-                     "adam_weight_decay", "stream_blocks", "lr_power", "guidance_scale"):  # fmt: skip
+                     "adam_weight_decay", "stream_blocks", "lr_power"):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"--{name} {getattr(self, name)}; must not be negative")
+        if not 1 <= self.validation_inference_steps <= 1000:
+            raise ConfigError(f"--validation_inference_steps {self.validation_inference_steps}; must be 1 to 1000")
+        if not 0 <= self.guidance_scale < float("inf"):
+            raise ConfigError(f"--guidance_scale {self.guidance_scale}; must be a number of 0 or more, such as 6")
         if self.validation_epochs and self.validation_steps:
             raise ConfigError("--validation_steps: stands in place of --validation_epochs; give one of them")
         check_validation_flags(self.validation_prompt, self.validation_prompts, self.validation_prompt_separator)
         for name in ("validation_timeout", "nccl_timeout"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"--{name} {getattr(self, name)}; must be above 0 seconds")
+            if not 0 < getattr(self, name) <= 1e9:
+                raise ConfigError(f"--{name} {getattr(self, name)}; must be above 0 seconds, and at most 1e9")
         if not self.lora_alpha > 0:
             raise ConfigError(f"--lora_alpha {self.lora_alpha}; must be above 0; usual values are rank and rank / 2")
         if not 0 <= self.holdout < 1:

@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
 from shared.config import parse_config
-from shared.console import say
+from shared.console import say, warn
 from shared.errors import ConfigError, run_command
 from shared.storage import fsync_folder
+
+if TYPE_CHECKING:
+    from shared.lora import LoraFacts
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,20 @@ def main(argv: list[str]) -> int:
             trained_on = {"name": facts.base_model, "revision": facts.revision, "variant": facts.variant}
             write_fused(lora, open_base(config, trained_on), folder)
     say("export", f"{output}: {', '.join(sorted(path.name for path in output.iterdir()))}; see docs/handing_over.md")
+    for line in unsaid(lora.facts, config.format):
+        warn(f"{output}: {line}")
     return 0
+
+
+def unsaid(facts: LoraFacts, format: str) -> Iterator[str]:
+    """What a LoRA was trained with that a format's readers cannot know, a line each."""
+    if facts.drop_learned_positions and format != "fused":
+        yield "its reader must leave out the learned positions, as the LoRA was trained without them"
+    if facts.image_factor not in (None, "pipeline"):
+        yield (
+            f"its reader must multiply first frames as --image_factor {facts.image_factor} does; diffusers' pipeline "
+            "shows them at another brightness"
+        )
 
 
 @contextmanager

@@ -67,21 +67,28 @@ def _what_to_count(config: PlanConfig) -> tuple[Checkpoint, list[Bucket]]:
     from shared.cache import Cache
     from shared.dataset import open_dataset
     from shared.geometry import Bucket
+    from shared.sizes import check_bucket
+    from train.check import check_flags
 
     asked = config.pretrained_model_name_or_path
     buckets = [Bucket.parse(text) for text in config.bucket.split(",")] if config.bucket else []
-    dataset = None
+    datasets = []
     if asked is None or not buckets:
         try:
-            dataset = open_dataset(Cache(config.cache), config.dataset)
+            datasets = [open_dataset(Cache(config.cache), name) for name, _ in config.datasets]
         except CacheError:
             if asked is None or config.cache != TrainConfig.cache:
                 raise
-    made_with = dataset.info["model"] if dataset else {}
+    made_with = datasets[0].info["model"] if datasets else {}
     checkpoint = open_base(config, made_with, weights=())
-    if not buckets and dataset is not None:
-        buckets = [Bucket.parse(text) for text in sorted(set(dataset.columns("bucket")["bucket"].to_pylist()))]
-    return checkpoint, buckets or [Bucket(checkpoint.facts.sample_frames, *checkpoint.facts.native_size)]
+    if not buckets and datasets:
+        texts = {text for dataset in datasets for text in dataset.columns("bucket")["bucket"].to_pylist()}
+        buckets = [Bucket.parse(text) for text in sorted(texts)]
+    buckets = buckets or [Bucket(checkpoint.facts.sample_frames, *checkpoint.facts.native_size)]
+    check_flags(config, checkpoint)
+    for bucket in buckets:
+        check_bucket(bucket, checkpoint.facts, checkpoint.name, drop_learned_positions=config.drop_learned_positions)
+    return checkpoint, buckets
 
 
 def _dtype(config: PlanConfig, checkpoint: Checkpoint) -> tuple[str, list[str]]:
