@@ -154,8 +154,11 @@ def test_hostile_captions_and_names_are_text(browser, hostile, tmp_path):
     for width, height in ((1280, 900), (390, 844)):
         browser.resize(width, height)
         browser.open(page_of(hostile))
-        browser.screenshot(tmp_path / f"{width}.png")  # also what is out of sight is laid out
+        browser.ask("for (const card of document.querySelectorAll('.sample')) card.style.contentVisibility = 'visible'")
+        browser.screenshot(tmp_path / f"{width}.png")
         assert browser.ask(WIDTH) == width, "nothing sticks out"
+        assert browser.ask(f"{CARDS}.filter((card) => card.scrollWidth > card.clientWidth).length") == 0
+        assert browser.ask(f"Math.max(...{CARDS}.map((card) => card.offsetHeight))") < 600, "long captions scroll"
         assert browser.ask("document.title") == "squares · data set"
         told = browser.ask(f"{CARDS}.map((card) => card.querySelector('.caption').textContent)")
         assert told == [f"SQR {row['caption']}" for row in rows]

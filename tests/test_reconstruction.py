@@ -72,25 +72,22 @@ def tiled(tmp_path_factory, tiny_2b, clips):
 
 def test_the_psnr_is_that_of_diffusers_decode(cache, clips, tiny_2b, tmp_path):
     assert main([str(cache), "--dataset", "squares", "--decode", "3", "--output", str(tmp_path)]) == 0
-    rows = samples_of(cache)
+    rows = samples_of(cache)[::3]
     wanted = [reference(tiny_2b, cache, row, encoded_frames(clips, row)) for row in rows]
-    assert len({round(psnr, 1) for psnr in wanted}) > 2, "a clip has its own"
+    assert len({round(psnr, 1) for psnr in wanted}) == 3, "a clip has its own"
     told = [float(psnr) for psnr in re.findall(TOLD, (tmp_path / "preview.html").read_text())]
-    assert told == pytest.approx([wanted[place] for place in (0, 3, 6)], abs=0.0501)
-    found = reconstruct(opened(cache), rows, 7, None, None)
-    assert [found[row["sample_id"]]["psnr"] for row in rows] == pytest.approx(wanted, abs=1e-3)
+    assert told == pytest.approx(wanted, abs=0.0501)
 
 
-def test_clips_are_decoded_in_the_tiles_that_they_were_encoded_in(tiled, tiny_2b):
+def test_a_clip_is_decoded_in_the_tiles_that_it_was_encoded_in(tiled, tiny_2b):
     """Whatever tiles the checkpoint that decodes would take by itself: they are no part of what the VAE is."""
-    cache, rows = tiled / "cache", samples_of(tiled / "cache")
-    found = reconstruct(opened(cache), rows, 2, str(tiny_2b), None)
-    for row in rows:
-        frames = encoded_frames(tiled / "clips", row)
-        wanted = reference(tiny_2b, cache, row, frames, (48, 40, 1 / 6, 1 / 5))
-        assert abs(wanted - reference(tiny_2b, cache, row, frames)) > 0.01, "tiles make a difference"
-        assert found[row["sample_id"]]["psnr"] == pytest.approx(wanted, abs=1e-3)
-        assert not found[row["sample_id"]]["tiled"]
+    cache, row = tiled / "cache", samples_of(tiled / "cache")[0]
+    (found,) = reconstruct(opened(cache), [row], 2, str(tiny_2b), None).values()
+    frames = encoded_frames(tiled / "clips", row)
+    wanted = reference(tiny_2b, cache, row, frames, (48, 40, 1 / 6, 1 / 5))
+    assert abs(wanted - reference(tiny_2b, cache, row, frames)) > 0.01, "tiles make a difference"
+    assert found["psnr"] == pytest.approx(wanted, abs=1e-3)
+    assert not found["tiled"]
 
 
 @pytest.mark.parametrize("shape", ["49x480x720", "81x768x1360"])
@@ -130,15 +127,15 @@ def test_a_gpu_without_room_for_the_whole_decodes_in_tiles_and_says_so(cache, tm
 def test_a_part_that_a_repair_moved_is_found(cache_copy, tmp_path, capsys):
     """And a sample that the repair had to drop is told in its card."""
     tar = one_part(cache_copy, "latents")
-    lost = samples_of(cache_copy)[2]
+    lost = samples_of(cache_copy)[3]
     (row,) = (row for row in rows_of(tar) if (row["key"], row["member"]) == (lost["latent_key"], "moments.npy"))
     flip(tar, row["offset"] + row["size_bytes"] // 2)
     assert verify([str(cache_copy), "--repair"]) == 0
     assert one_part(cache_copy, "latents").name != tar.name
     command = [str(cache_copy), "--dataset", "squares", "--output", str(tmp_path / "pages"), "--decode"]
-    assert main([*command, "7"]) == 0
+    assert main([*command, "3"]) == 0
     html = (tmp_path / "pages" / "preview.html").read_text()
-    assert len(re.findall(TOLD, html)) == 6
+    assert len(re.findall(TOLD, html)) == 2
     assert html.count(f"does not hold {lost['latent_key'].hex()}; run stage 1 again") == 1
     assert html.count("no strip: ") == 2, "its own and the reconstruction's"
 
@@ -157,7 +154,7 @@ def test_a_video_that_has_gone_is_told_where_the_psnr_would_be(tiled, tiny_2b, t
         (tmp_path / "3.mp4").rename(moved)
     (cache / "sources.parquet").unlink()
     with pytest.raises(CacheError, match="no sample could be compared"):
-        main([str(cache), "--dataset", "squares", "--decode", "2"])
+        main([str(cache), "--dataset", "squares", "--decode", "1"])
 
 
 def test_equal_frames_are_infinitely_near():
