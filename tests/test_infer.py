@@ -435,8 +435,9 @@ def test_the_command_makes_videos_from_a_toml_file_and_flags(lora, tmp_path):
         *("--no_id_token", "--output-dir", str(tmp_path / "videos")),
     )
     assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.splitlines()
+    line, gallery = done.stdout.splitlines()
     (video,) = (tmp_path / "videos").glob("*.mp4")
+    assert gallery == f"gallery   {tmp_path / 'videos' / 'index.html'}; open it in a browser"
     assert re.fullmatch(re.escape(str(video)) + r"  \d+\.\d s  " + PROMPT, line)
     assert done.stderr == ""
     recipe = recipe_of(video)
