@@ -17,7 +17,7 @@ from infer.video import read_mp4, write_mp4
 from shared.storage import digest_of, write_atomically
 
 GAP = 4  # between two videos; pixels
-STRIP = 32  # height of the strip that says the strength, at least; pixels
+STRIP = 20  # height of the strip that says the strength, at least; pixels
 MARGIN = 2  # to each side of what is written in the strip, at least; pixels
 SMALLEST = 8  # that a letter may be to be read; pixels
 

@@ -72,13 +72,13 @@ def group_videos(recipes: dict[Path, dict[str, Any]], place: Path) -> list[dict[
     for video, recipe in sorted(recipes.items(), key=lambda pair: _order(pair[1])):
         seeds = found.setdefault(recipe["prompt"], {})
         seeds.setdefault(recipe.get("seed", 0), []).append(_card(video, recipe, place))
-    prompts = []
-    for prompt, seeds in found.items():
-        rows = [{"seed": seed, "videos": seeds[seed]} for seed in sorted(seeds)]
-        if all(len(row["videos"]) == 1 for row in rows):
-            rows = [{"seed": None, "videos": [row["videos"][0] for row in rows]}]
-        prompts.append({"prompt": prompt, "rows": rows})
-    return prompts
+    return [{"prompt": prompt, "rows": _rows(seeds)} for prompt, seeds in found.items()]
+
+
+def _rows(seeds: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    if all(len(videos) == 1 for videos in seeds.values()):
+        return [{"seed": None, "videos": [seeds[seed][0] for seed in sorted(seeds)]}]
+    return [{"seed": seed, "videos": seeds[seed]} for seed in sorted(seeds)]
 
 
 def weights(recipe: dict[str, Any]) -> str:
@@ -101,11 +101,11 @@ def command(recipe: dict[str, Any], path: Path) -> str:
 
 
 def _card(video: Path, recipe: dict[str, Any], place: Path) -> dict[str, Any]:
-    size = recipe.get("width"), recipe.get("height")
+    size = (recipe["width"], recipe["height"]) if recipe.get("width") and recipe.get("height") else None
     return {
         "cell": video_cell(video, place, video.stat().st_size, size),
         "is_side_by_side": "compare" in recipe,
-        "ratio": size[0] / size[1] if all(size) else None,
+        "ratio": size and size[0] / size[1],
         "seed": recipe.get("seed"),
         "weights": weights(recipe),
         "told": _told(recipe),

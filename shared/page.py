@@ -43,14 +43,12 @@ def render_page(folder: Path, name: str, **values: Any) -> str:
     return html.encode("utf-8", "replace").decode()  # JSON may hold half a pair of surrogates, which UTF-8 has not
 
 
-def video_cell(
-    path: Path, place: Path, size_bytes: int, size: tuple[float | None, float | None] = (None, None)
-) -> dict[str, Any]:
+def video_cell(path: Path, place: Path, size_bytes: int, size: tuple[float, float] | None) -> dict[str, Any]:
     """What the `video` macro shows of a video.
 
     Args:
         place: where the page will lie; the path is told from there.
-        size: width and height in pixels, where they are known: the page then does not jump when it is loaded.
+        size: width and height in pixels, where they are known: the page does not jump then as the video is loaded.
     """
     relative = os.path.relpath(path.resolve(), place.resolve().parent)
     return {
@@ -58,5 +56,5 @@ def video_cell(
         "name": path.stem,
         "size_mb": size_bytes / 1e6,
         "large": size_bytes > LARGE_BYTES,
-        "size": size if all(size) else None,
+        "size": size,
     }

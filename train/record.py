@@ -30,7 +30,7 @@ class ValidationVideo:
         prompt: None where no JSON beside it tells.
         size_bytes: None where there is a JSON, but no video.
         row: digest of what was asked for, whatever LoRA it was made with: the same at all steps of a run.
-        size: width and height in pixels, where its JSON tells.
+        size: width and height in pixels; None where no JSON tells.
     """
 
     step: int
@@ -40,7 +40,7 @@ class ValidationVideo:
     seed: int | None
     size_bytes: int | None
     row: str
-    size: tuple[int | None, int | None]
+    size: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def read_videos(folder: Path) -> list[ValidationVideo]:
             path = made / f"{name}.mp4"
             recipe = _json_object(made / f"{name}.json") or {}
             prompt, seed = recipe.get("prompt"), recipe.get("seed")
-            width, height = [value if type(value) is int else None for value in map(recipe.get, ("width", "height"))]
+            width, height = recipe.get("width"), recipe.get("height")
             found.append(
                 ValidationVideo(
                     step=step,
@@ -133,7 +133,7 @@ def read_videos(folder: Path) -> list[ValidationVideo]:
                     seed=seed if isinstance(seed, int) else None,
                     size_bytes=path.stat().st_size if path.is_file() else None,
                     row=row_digest(recipe),
-                    size=(width, height),
+                    size=(width, height) if type(width) is int and type(height) is int else None,
                 )
             )
     return found
