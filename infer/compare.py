@@ -16,8 +16,10 @@ from infer.recipe import Recipe
 from infer.video import read_mp4, write_mp4
 from shared.storage import digest_of, write_atomically
 
-STRIP = 32  # height of the strip that says the strength; pixels
 GAP = 4  # between two videos; pixels
+STRIP = 20  # height of the strip that says the strength, at least; pixels
+MARGIN = 2  # to each side of what is written in the strip, at least; pixels
+SMALLEST = 8  # that a letter may be to be read; pixels
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,19 @@ class Comparison:
 
     def to_json(self) -> str:
         """The text of the JSON beside the video: what stands in it, from left to right."""
-        first = self.recipes[0]
+        first, count = self.recipes[0], len(self.recipes)
         told = {
             "prompt": first.prompt,
             "effective_prompt": first.effective_prompt,
             "seed": first.seed,
             "group": first.group,
             "compare": [{"name": recipe.name, "label": label(recipe.lora_scale)} for recipe in self.recipes],
+            "frames": first.frames,
+            "height": strip_height(first.width) + first.height,
+            "width": count * (first.width + GAP) - GAP,
+            "fps": first.fps,
         }
-        return json.dumps({**told, "fps": first.fps}, indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(told, indent=2, ensure_ascii=False) + "\n"
 
     def is_made(self, folder: Path) -> bool:
         """Whether it is there, and complete."""
@@ -61,16 +67,35 @@ def label(scale: float) -> str:
     return "base" if scale == 0 else f"LoRA {scale:g}"
 
 
-def side_by_side(videos: list[np.ndarray], labels: list[str]) -> np.ndarray:
-    """Frames [F, STRIP + H, N W + (N - 1) GAP, 3] of N videos [F, H, W, 3] of one shape, each under its label."""
-    from PIL import Image, ImageDraw, ImageFont
+def strip_height(width: int) -> int:
+    """Of the strip above a video of this width: of a large one, which is shown smaller, it is larger; even."""
+    return max(STRIP, width // 32 * 2)
 
+
+def side_by_side(videos: list[np.ndarray], labels: list[str]) -> np.ndarray:
+    """Frames [F, S + H, N W + (N - 1) GAP, 3] of N videos [F, H, W, 3] of one shape, each under a strip of height S."""
     frames, height, width = videos[0].shape[:3]
-    canvas = np.zeros((frames, STRIP + height, len(videos) * (width + GAP) - GAP, 3), np.uint8)
+    top = strip_height(width)
+    canvas = np.zeros((frames, top + height, len(videos) * (width + GAP) - GAP, 3), np.uint8)
     for number, (video, text) in enumerate(zip(videos, labels, strict=True)):
         left = number * (width + GAP)
-        strip = Image.new("RGB", (width, STRIP))
-        ImageDraw.Draw(strip).text((8, STRIP // 2), text, fill="white", anchor="lm", font=ImageFont.load_default(18))
-        canvas[:, :STRIP, left : left + width] = np.asarray(strip)
-        canvas[:, STRIP:, left : left + width] = video
+        canvas[:, :top, left : left + width] = strip(text, top, width)
+        canvas[:, top:, left : left + width] = video
     return canvas
+
+
+def strip(text: str, height: int, width: int) -> np.ndarray:
+    """Pixels [height, width, 3] that say a strength; where the whole does not fit, its number alone, all of it."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    image = Image.new("RGB", (width, height))
+    draw = ImageDraw.Draw(image)
+    usual = height * 9 // 16
+    for words, size in [(words, size) for words in (text, text.split()[-1]) for size in range(usual, SMALLEST - 1, -1)]:
+        font = ImageFont.load_default(size)
+        left, _, right, _ = draw.textbbox((0, 0), words, font=font)
+        if right - left <= width - 2 * MARGIN:
+            break
+    margin = max(0, min(8, (width - (right - left)) / 2))
+    draw.text((margin - left, height // 2), words, fill="white", anchor="lm", font=font)
+    return np.asarray(image)
