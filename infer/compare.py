@@ -6,6 +6,7 @@ Shapes: F frames, H and W height and width in pixels, N videos.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +18,7 @@ from infer.video import read_mp4, write_mp4
 from shared.storage import digest_of, write_atomically
 
 GAP = 4  # between two videos; pixels
-STRIP = 20  # height of the strip that says the strength, at least; pixels
+BLOCK = 16  # of x264; a strip of whole blocks leaves the videos' own where they were
 MARGIN = 2  # to each side of what is written in the strip, at least; pixels
 SMALLEST = 8  # that a letter may be to be read; pixels
 
@@ -53,7 +54,7 @@ class Comparison:
     def is_made(self, folder: Path) -> bool:
         """Whether it is there, and complete."""
         path = folder / f"{self.name}.json"
-        return path.exists() and path.with_suffix(".mp4").exists() and path.read_text("utf-8") == self.to_json()
+        return path.exists() and path.with_suffix(".mp4").exists() and path.read_bytes() == self.to_json().encode()
 
     def make(self, folder: Path, fps: Fraction) -> None:
         """Write it, of the videos that are in the folder: the same whichever of them were there before."""
@@ -68,8 +69,8 @@ def label(scale: float) -> str:
 
 
 def strip_height(width: int) -> int:
-    """Of the strip above a video of this width: of a large one, which is shown smaller, it is larger; even."""
-    return max(STRIP, width // 32 * 2)
+    """Height of the strip that says the strength above a video of this width: a large one is shown smaller."""
+    return math.ceil(width / 12 / BLOCK) * BLOCK
 
 
 def side_by_side(videos: list[np.ndarray], labels: list[str]) -> np.ndarray:
@@ -90,7 +91,7 @@ def strip(text: str, height: int, width: int) -> np.ndarray:
 
     image = Image.new("RGB", (width, height))
     draw = ImageDraw.Draw(image)
-    usual = height * 9 // 16
+    usual = height * 5 // 8
     for words, size in [(words, size) for words in (text, text.split()[-1]) for size in range(usual, SMALLEST - 1, -1)]:
         font = ImageFont.load_default(size)
         left, _, right, _ = draw.textbbox((0, 0), words, font=font)

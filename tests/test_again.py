@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from infer import gallery
 from infer import generate as generate_module
 from infer.__main__ import main
 from infer.compare import strip, strip_height
@@ -62,7 +63,7 @@ def test_strengths_stand_side_by_side_under_their_names(three):
     _, _, videos = three
     for number, video in enumerate(videos[6:]):
         base, strong = videos[2 * number : 2 * number + 2]
-        frames, gap, top = read_mp4(video), 4, 20
+        frames, gap, top = read_mp4(video), 4, 16
         assert frames.shape == (9, top + 32, 48 + gap + 48, 3)
         for left, one in ((0, base), (48 + gap, strong)):
             inside = frames[:, top + 2 : top + 30, left + 2 : left + 46].astype(int)
@@ -102,6 +103,21 @@ def test_what_is_there_is_not_made_again_and_nothing_is_loaded(three, monkeypatc
     assert [one.path for one in again] == videos
     assert not any(one.made for one in again)
     assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir()} == before
+
+
+def test_the_page_is_written_after_each_video_that_is_made_and_at_the_end(three, tmp_path, monkeypatch):
+    told, folder, videos = three
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    counts: list[int] = []
+    monkeypatch.setattr(gallery, "write_gallery", lambda folder: counts.append(len(list(folder.glob("*.mp4")))))
+    words = [word for name, value in told.items() for word in (f"--{name}", str(value))]
+    words += ["--num_inference_steps", "2", "--output_dir", str(copy)]
+    assert main(words) == 0
+    assert counts == [9], "nothing is made"
+    for lost in (videos[0], videos[6]):
+        (copy / lost.name).unlink()
+    assert main(words) == 0
+    assert counts == [9, 8, 9, 9]
 
 
 @pytest.mark.parametrize("torn", [".mp4", ".json"])
