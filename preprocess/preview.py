@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from preprocess.strips import read_strips
 from shared.cache import Cache
 from shared.config import check_name, parse_config
 from shared.dataset import DataSet
-from shared.errors import ConfigError, run_command
+from shared.errors import CacheError, ConfigError, run_command
 from shared.storage import write_atomically
 
 PAGE_SAMPLES = 2000
@@ -136,19 +137,24 @@ def main(argv: list[str]) -> int:
     if config.decode:
         from preprocess.reconstruction import reconstruct  # late: torch
 
-        first = list(islice(dataset.rows(*COLUMNS), PAGE_SAMPLES))
-        decoded = reconstruct(dataset, first, config.decode, config.pretrained_model_name_or_path, config.cache_dir)
+        shown = list(islice(dataset.rows(*COLUMNS), PAGE_SAMPLES))
+        decoded = reconstruct(dataset, shown, config.decode, config.pretrained_model_name_or_path, config.cache_dir)
     census, rows = count_samples(dataset, REFUSED), dataset.rows(*COLUMNS)
     most = count_pages(dataset) if config.all else 1
     linked = linked_pages(dataset) if folder is None and not config.all else most
-    with cache.writer() as writer:
+    with nullcontext(Path()) if folder else cache.writer() as writer:  # who only reads the cache need not write to it
 
         def write(page: Page) -> None:
-            if folder is None:
-                cache.storage.write(f"{dataset.folder}/{page.name}", page.html, writer)
-            else:
-                write_atomically(folder / page.name, page.html)
-            place = cache.storage.full(f"{dataset.folder}/{page.name}") if folder is None else folder / page.name
+            path = f"{dataset.folder}/{page.name}"
+            place = folder / page.name if folder else cache.storage.full(path)
+            try:
+                if folder:
+                    write_atomically(folder / page.name, page.html)
+                else:
+                    cache.storage.write(path, page.html, writer)
+            except OSError as error:
+                told = f"{place}: cannot be written ({error.strerror or error})"
+                raise CacheError(f"{told}; make room, or give another folder as --output") from error
             say(f"preview   {place}: {page.samples} samples, {len(page.html) / 1e6:.1f} MB; open it in a browser")
 
         made = pages(dataset, rows, census, most=most, linked=linked, decoded=decoded)
@@ -156,7 +162,7 @@ def main(argv: list[str]) -> int:
         for page in made:
             write(page)
         write(first)  # last, so that its links always lead somewhere
-    if folder is not None:
+    if folder:
         _remove_others(folder, most)
     return 0
 

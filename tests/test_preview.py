@@ -15,7 +15,7 @@ from preprocess.__main__ import main as preprocess
 from preprocess.preview import main
 from shared.cache import Cache
 from shared.dataset import SAMPLES_SCHEMA, open_dataset, publish_dataset
-from shared.errors import ConfigError
+from shared.errors import CacheError, ConfigError
 from tests.chromium import chromium, needs_chromium
 from tests.conftest import moving_square, write_video
 from tests.decoding import use_stand_ins
@@ -189,7 +189,8 @@ def test_all_pages_lead_to_each_other(browser, hostile, tmp_path, monkeypatch):
     assert main([str(cache), "--dataset", "squares", "--all"]) == 0
     rows, _ = rows_of(cache)
     browser.complaints.clear()
-    page, seen, way = page_of(cache), [], []
+    page, seen = page_of(cache), []
+    way: list[Path] = []
 
     def follow(word):
         href = browser.ask(f"[...document.querySelectorAll('.pages a')].find((a) => a.textContent === {word!r})?.href")
@@ -267,6 +268,20 @@ def test_a_folder_of_pages_holds_no_others_afterwards(cache, tmp_path, monkeypat
     assert main(command) == 0
     assert {path.name for path in mine.parent.iterdir()} == {"preview.html", mine.name}
     assert links(tmp_path / "pages" / "preview.html") == []
+
+
+def test_pages_in_a_folder_leave_the_cache_as_it_is(cache_copy, tmp_path):
+    shutil.rmtree(cache_copy / "writers")
+    before = {path: path.stat().st_mtime_ns for path in cache_copy.rglob("*")}
+    assert main([str(cache_copy), "--dataset", "squares", "--output", str(tmp_path / "pages")]) == 0
+    assert {path: path.stat().st_mtime_ns for path in cache_copy.rglob("*")} == before
+    assert (tmp_path / "pages" / "preview.html").read_bytes() == page_of(cache_copy).read_bytes()
+
+
+def test_a_page_that_cannot_be_written_is_one_line(cache, tmp_path):
+    (tmp_path / "preview.html").mkdir()
+    with pytest.raises(CacheError, match=r"preview\.html: cannot be written \(Is a directory\); make room, or"):
+        main([str(cache), "--dataset", "squares", "--output", str(tmp_path)])
 
 
 def test_an_output_behind_a_url_is_refused(cache):
