@@ -31,8 +31,7 @@ SHOWN = 100  # rejected clips that are told one by one; OUTPUT.rejected has them
 
 @dataclass(frozen=True)
 class CaptionConfig(DataFlags):
-    """Write a manifest with captions by a model, of one where they may be missing. Exit status: 0 done, 2 refused, or
-    no clip has a caption."""
+    """Write a manifest whose captions a model has written. Exit status: 0 done, 2 refused, or no clip has a caption."""
 
     OUTPUT: ClassVar[str] = "Output"
     output: str = ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from shared.console import Progress, say
 from shared.dataset import MEMBER_KINDS, DataSet
 from shared.errors import CacheError, ConfigError, run_command
 from shared.shards import decode_array
-from shared.storage import canonical_json, fsync_folder
+from shared.storage import canonical_json, open_atomically
 
 MEMBER_OF = {
     "latent": "moments.npy", "mirrored": "mirrored.npy", "image": "image.npy", "embedding": "prompt_embeds.npy",
@@ -108,21 +107,12 @@ def _read(store: Store, key: bytes, what: str) -> bytes:
 def write_tar(path: Path, members: Iterator[tuple[str, dict[str, bytes]]]) -> None:
     """Write samples as a tar that has its name when it is complete; the same samples give the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for name, payloads in members:
-                    for member, payload in sorted(payloads.items()):
-                        header = tarfile.TarInfo(f"{name}.{member}")  # modification time 0, no owner
-                        header.size = len(payload)
-                        tar.addfile(header, BytesIO(payload))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    with open_atomically(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, payloads in members:
+            for member, payload in sorted(payloads.items()):
+                header = tarfile.TarInfo(f"{name}.{member}")  # modification time 0, no owner
+                header.size = len(payload)
+                tar.addfile(header, BytesIO(payload))
 
 
 def _check_paths(config: ExportConfig, count: int) -> list[Path]:
