@@ -402,7 +402,9 @@ def test_dropped_positions_are_recorded_and_obeyed(models, manifest, picture, tm
         train_here(cache, tmp_path / "run", max_train_steps=1)
     dropped: dict[str, Any] = {"max_train_steps": 1, "drop_learned_positions": True, "image_factor": "one"}
     assert train_here(cache, tmp_path / "run", **dropped) == 0
-    assert "memory    13x96x64: " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"model     {model}: CogVideoX 1.0 image-to-video (RoPE)\n" in told
+    assert "memory    13x96x64: " in told
     _, facts = read_metadata(tmp_path / "run" / FILE_NAME)
     assert facts is not None
     assert facts.drop_learned_positions

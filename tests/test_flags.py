@@ -5,6 +5,8 @@ import importlib
 import json
 import re
 import shlex
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,10 @@ from shared.errors import CheckpointError
 from tests.conftest import ROOT, moving_square, run_command, write_video
 from tests.test_trackers import wandb_history
 from tests.training import column, facts_of, lora_of, rows_of, train_here
+from train.config import TrainConfig
+from train.draws import draw_timestep
 from train.optim import make_optimizer
+from train.setup import open_base
 
 CONFIGS = {"1": "preprocess:PreprocessConfig", "2": "train:TrainConfig", "3": "infer:InferConfig"}
 
@@ -267,3 +272,53 @@ def test_a_schedule_with_rules_reaches_the_run(cache, tmp_path):
         lr_step_rules="1:2,0.5:4,0.1",
     )  # fmt: skip
     assert column(tmp_path / "run", "lr") == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4, 1e-4])
+
+
+@pytest.mark.parametrize("most", [0.0, 1e-3, 1e3])
+def test_gradients_are_scaled_down_to_their_most_and_no_further(cache, tmp_path, monkeypatch, most):
+    """Seen through plain descent at a rate of 1, whose step is the gradient: Adam's hardly knows its size."""
+    moved: list[float] = []
+
+    class Descent(torch.optim.SGD):
+        def step(self, closure=None):
+            owned = self.param_groups[0]["params"]
+            before = [parameter.detach().clone() for parameter in owned]
+            super().step()
+            moved.append(torch.nn.utils.get_total_norm([a - b for a, b in zip(owned, before, strict=True)]).item())
+
+    monkeypatch.setattr("train.setup.make_optimizer", lambda config, parameters, _: Descent(parameters, lr=1.0))
+    train_here(cache, tmp_path / "run", max_train_steps=1, max_grad_norm=most)
+    (norm,) = column(tmp_path / "run", "grad_norm")
+    assert 2e-3 < norm < 1e3
+    assert moved == [pytest.approx(most if most == 1e-3 else norm, rel=1e-3)]
+
+
+@pytest.mark.parametrize("kind", ["stratified", "uniform"])
+def test_timesteps_are_drawn_as_they_are_asked_for(cache, tmp_path, kind):
+    train_here(cache, tmp_path / "run", max_train_steps=2, train_batch_size=4, timestep_sampling=kind)
+    for row in rows_of(tmp_path / "run"):
+        step, places = row["step"] - 1, range(len(row["samples"]))
+        asked = [draw_timestep(42, step, place, 4, stratified=kind == "stratified") for place in places]
+        assert row["timesteps"] == asked
+        assert asked != [draw_timestep(42, step, place, 4, stratified=kind != "stratified") for place in places]
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "revision", "variant"),
+    [
+        ({}, "org/made", "abc", "fp16"),
+        ({"revision": "main"}, "org/made", "main", "fp16"),
+        ({"variant": "bf16"}, "org/made", "abc", "bf16"),
+        ({"pretrained_model_name_or_path": "org/other"}, "org/other", None, None),
+        ({"pretrained_model_name_or_path": "org/other", "revision": "r", "variant": "v"}, "org/other", "r", "v"),
+    ],
+)
+def test_the_checkpoint_is_the_one_asked_for_or_the_data_sets(monkeypatch, flags, name, revision, variant):
+    """A revision or variant of the one is not taken for the other."""
+    opened: list[Any] = []
+    monkeypatch.setattr("train.setup.open_checkpoint", lambda *words, **given: opened.append((*words, given)))
+    made_with: Any = SimpleNamespace(info={"model": {"name": "org/made", "revision": "abc", "variant": "fp16"}})
+    open_base(TrainConfig(**flags, cache_dir="hub"), made_with)
+    assert opened == [
+        (name, {"revision": revision, "variant": variant, "cache_dir": "hub", "weights": ("transformer",)})
+    ]

@@ -50,7 +50,7 @@ class Borrower:
         self.run = run
         return off_device.off_device(run)
 
-    def make_videos(self, *_: Any) -> list[Any]:
+    def make_videos(self, *_: Any, **__: Any) -> list[Any]:
         """In place of the child."""
         assert self.run is not None
         blocks = self.run.state.transformer.transformer_blocks
@@ -106,7 +106,7 @@ def test_what_is_held_is_all_that_a_step_leaves(cache, tmp_path, monkeypatch):
         yield
 
     monkeypatch.setattr(loop, "off_device", count)
-    monkeypatch.setattr(loop, "make_videos", lambda *_: [])
+    monkeypatch.setattr(loop, "make_videos", lambda *_, **__: [])
     flags = {**FLAGS, "max_train_steps": 2, "ema_decay": 0.9, "rank": 64}
     assert train_here(cache, tmp_path / "run", **flags) == 0
     assert sizes["left"] < 0.05 * sizes["held"], sizes  # the schedule, and what the last rows were made of
@@ -135,5 +135,5 @@ def test_on_a_cpu_nothing_moves(cache, tmp_path, monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(off_device, "emptied", never)
-    monkeypatch.setattr(loop, "make_videos", lambda *_: [])
+    monkeypatch.setattr(loop, "make_videos", lambda *_, **__: [])
     assert train_here(cache, tmp_path / "run", max_train_steps=1, validation_steps=1) == 0

@@ -56,6 +56,16 @@ def test_a_resumed_run_is_rehearsed_and_stays_the_same(cache, tmp_path, due):
     assert lora_of(tmp_path / "run") == lora_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("patch_size_t", "largest"), [(None, "13x96x80"), (2, "9x96x96")])
+def test_the_largest_bucket_is_that_of_most_tokens(patch_size_t, largest):
+    """1.5 pads three latent frames to four."""
+    run: Any = SimpleNamespace(
+        samples=SimpleNamespace(bucket_names=["9x64x96", "9x96x96", "13x96x80"]),
+        facts=SimpleNamespace(patch_size_t=patch_size_t),
+    )
+    assert str(rehearsal.largest_bucket(run)) == largest
+
+
 def test_memory_that_runs_out_is_told_with_the_plan_s_advice(cache, tmp_path, due, monkeypatch):
     def full(run, bucket):
         assert bucket in (Bucket(9, 64, 96), Bucket(9, 96, 64))

@@ -157,7 +157,7 @@ def test_videos_of_a_row_are_shown_under_one_name_at_each_step(cache, tmp_path, 
 
     made: dict[int, bytes] = {}
 
-    def make_videos(config, dataset, rows, checkpoint, step):
+    def make_videos(config, dataset, rows, checkpoint, step, **_):
         folder = Path(config.output_dir) / "validation" / f"step-{step}"
         folder.mkdir(parents=True)
         video = write_video(folder / f"a-red-{step}f{step}-step{step}-scale1-seed42.mp4", moving_square(step))

@@ -136,6 +136,18 @@ def test_whatever_stage_3_does_training_goes_on(cache, validated, tmp_path, monk
         assert "no memory left" in (tmp_path / "run" / "validation" / "step-2" / "log.txt").read_text()
 
 
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_its_videos(cache, tmp_path, monkeypatch, capfd):
+    """Whoever asks will not wait for an hour, and kill it."""
+    program = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(600)"
+    monkeypatch.setattr(validation, "CHILD", program)
+    assert train_here(cache, tmp_path / "run", **FLAGS) == 128 + signal.SIGTERM
+    assert column(tmp_path / "run", "step") == [1, 2, 3]
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+    told = capfd.readouterr()
+    assert "warning   validation of step 2: stage 3 was ended, as the run was asked to stop" in told.err
+    assert "after step 3; its checkpoint is saved" in told.out
+
+
 def test_a_folder_that_cannot_be_made_costs_the_videos_only(cache, validated, tmp_path, capsys):
     (tmp_path / "validation").write_text("in the way")
     config = TrainConfig(cache=str(cache), dataset="squares", output_dir=str(tmp_path))

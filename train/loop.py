@@ -105,7 +105,7 @@ def _take_steps(run: Run, stop: list[int]) -> int:
             log.held_out(0, held_out_loss(run, run.held_out))
         if run.first_step == 0 and is_due(config, 0, run.sampler.steps_per_epoch):
             _save(run, log, 0)
-            _validate(run, 0)
+            _validate(run, 0, stop)
         for step in steps:
             done = step + 1
             is_last = done == run.max_steps
@@ -132,7 +132,7 @@ def _take_steps(run: Run, stop: list[int]) -> int:
                     say("stopped by", f"signal {signal_number} after step {done}; its checkpoint is saved")
                 return 128 + signal_number
             if validates:
-                _validate(run, done)
+                _validate(run, done, stop)
     with main_at_work(accelerator, "lora"):
         if run.is_main:
             path = save_result(run.state, run.output_dir, replace(run.lora, step=run.max_steps))
@@ -151,14 +151,15 @@ def _save(run: Run, log: Log, step: int) -> None:
             rotate_checkpoints(run.output_dir, run.config.checkpoints_total_limit)
 
 
-def _validate(run: Run, step: int) -> None:
+def _validate(run: Run, step: int, stop: list[int]) -> None:
     """Videos of the checkpoint of a step; the other ranks wait for them outside of any collective."""
     with main_at_work(run.accelerator, f"validation-{step}"):
         if not run.is_main:
             return  # from this block: it is left when the main one has left it
         with off_device(run):
             checkpoint = run.output_dir / f"checkpoint-{step}"
-            videos = make_videos(run.config, run.samples.datasets[0], run.validation_rows, checkpoint, step)
+            data = run.samples.datasets[0]
+            videos = make_videos(run.config, data, run.validation_rows, checkpoint, step, stopping=lambda: bool(stop))
             track_videos(run, videos, step)
             say("videos", f"{len(videos)} of step {step}, in {run.output_dir / FOLDER / f'step-{step}'}", step=step)
 

@@ -17,7 +17,7 @@ from shared.geometry import Bucket
 from shared.models import Checkpoint, open_checkpoint
 from train.forecast import Forecast, batch_of, forecast
 from train.ladder import GIB, advise, flags_of, room, rungs
-from train.objective import batch_loss
+from train.objective import batch_loss, padding
 from train.optim import gathered
 from train.run import Run
 
@@ -55,11 +55,11 @@ def rehearse(run: Run) -> None:
 
 
 def largest_bucket(run: Run) -> Bucket:
-    """That of most latents, of all that the run has clips of."""
+    """That of most latents with their padding, of all that the run has clips of."""
 
     def latents(bucket: Bucket) -> int:
         frames, height, width = bucket.latent_shape
-        return frames * height * width
+        return (frames + padding(frames, run.facts.patch_size_t)) * height * width
 
     return max(map(Bucket.parse, run.samples.bucket_names), key=latents)
 

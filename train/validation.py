@@ -15,6 +15,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from shared.dataset import DataSet
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+POLL_S = 0.2  # seconds between two looks at whether the run is to stop
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # of this process: stage 3 would take itself for one of several
 # `python -m infer`, which ends with the process that started it.
 CHILD = """
@@ -69,13 +72,20 @@ def infer_flags(config: TrainConfig, dataset: DataSet, prompts: Path, checkpoint
 
 
 def make_videos(
-    config: TrainConfig, dataset: DataSet, rows: list[PromptRow], checkpoint: Path, step: int, *more: str
+    config: TrainConfig,
+    dataset: DataSet,
+    rows: list[PromptRow],
+    checkpoint: Path,
+    step: int,
+    *more: str,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> list[Path]:
     """Have stage 3 make the videos of a checkpoint. Returns those that are there; says why where some are not.
 
     Args:
         rows: of `store_rows`.
         more: words for stage 3.
+        stopping: whether the run was asked to stop meanwhile: it does not wait for the rest of them then.
     """
     folder = Path(config.output_dir) / FOLDER / f"step-{step}"
     prompts, log_path = folder / FILE, folder / "log.txt"
@@ -84,10 +94,12 @@ def make_videos(
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(prompts, prompt_lines(seeded(config, rows)))
         with log_path.open("w", encoding="utf-8") as log:
-            why = _run([sys.executable, "-c", CHILD, *words], log, config.validation_timeout)
+            why = _run([sys.executable, "-c", CHILD, *words], log, config.validation_timeout, stopping)
     except OSError as error:  # a disk that stage 3 has filled
         why = f"could not be started ({error})"
-    if why:
+    if why and stopping():
+        warn(f"validation of step {step}: stage 3 {why}, as the run was asked to stop")
+    elif why:
         warn(f"validation of step {step}: stage 3 {why}; see {log_path}; training goes on")
     return videos_of(folder)
 
@@ -98,9 +110,10 @@ def videos_of(folder: Path) -> list[Path]:
     return [path.with_suffix(".mp4") for path in made if path.with_suffix(".mp4").is_file()]
 
 
-def _run(command: list[str], log: TextIO, timeout: float) -> str | None:
+def _run(command: list[str], log: TextIO, timeout: float, stopping: Callable[[], bool] = lambda: False) -> str | None:
     """Run a command to its end. Returns what was wrong, if anything was; an OSError is raised where it cannot start."""
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+    until = time.monotonic() + timeout
     process = subprocess.Popen(
         command,
         cwd=CHECKOUT,
@@ -111,14 +124,17 @@ def _run(command: list[str], log: TextIO, timeout: float) -> str | None:
         start_new_session=True,
     )
     try:
-        status = process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        return f"took longer than --validation_timeout {timeout:g} s and was ended"
+        while (left := until - time.monotonic()) > 0 and not stopping():
+            try:
+                status = process.wait(min(left, POLL_S))
+            except subprocess.TimeoutExpired:
+                continue
+            return f"ended with status {status}" if status else None
     finally:
         if process.poll() is None:  # whatever ended the waiting: nothing of it stays
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return f"ended with status {status}" if status else None
+    return "was ended" if stopping() else f"took longer than --validation_timeout {timeout:g} s and was ended"
 
 
 def forget_later(output_dir: Path, step: int) -> None:
