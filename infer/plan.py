@@ -116,8 +116,8 @@ def _work(config: PlanConfig, checkpoint: Checkpoint, loras: list[Lora]) -> Work
     buckets = [choose_bucket(row, config, checkpoint, facts) for row in rows]
     return Work(
         max(buckets, key=lambda one: one.frames * one.height * one.width),
-        _dtype(config, checkpoint, "transformer", facts and facts.dtype),
-        _dtype(config, checkpoint, "text_encoder", facts and facts.text_dtype),
+        _dtype(config, checkpoint, "transformer", facts.dtype if facts else None),
+        _dtype(config, checkpoint, "text_encoder", facts.text_dtype if facts else None),
         guided=config.guidance_scale > 1,
         rank=config.rank or sum(lora.rank for lora in loras),
         videos=config.batch_size,
