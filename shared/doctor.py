@@ -18,9 +18,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 from shared.codecs import check_av, check_decord
-from shared.errors import ModelError, run_command
+from shared.errors import ConfigError, ModelError, run_command
 from shared.findings import FAULTS, Finding, import_status, reason_of
 from shared.packages import ROOT, install_command, project, read_packages, release
 
@@ -78,7 +79,7 @@ def check_extras() -> Iterator[Finding]:
             how = f"{sys.executable} -m pip install -c {ROOT / 'constraints.txt'} '{ROOT}[{extra}]'"
             yield Finding(f"extra {extra}", "note", "; ".join(told), how)
         else:
-            yield Finding(f"extra {extra}", "ok", f"{len(packages)} packages")
+            yield Finding(f"extra {extra}", "ok", f"{len(packages)} package{'s' * (len(packages) != 1)}")
 
 
 # --- the machine
@@ -263,9 +264,16 @@ def _in_child(name: str, model: str | None) -> list[Finding]:
     return [Finding(**finding) for finding in json.loads(done.stdout.splitlines()[-1])]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, as all commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
 def main(argv: list[str]) -> int:
     """Look at everything, tell it on one screen, and how to mend it."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m shared.doctor",
         description="Tell whether this machine can run LatentReel, and the command that mends what is wrong. "
         "Exit status: 0 nothing is missing or wrong, 2 something is.",
