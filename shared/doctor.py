@@ -217,11 +217,11 @@ def check_model(name: str) -> Iterator[Finding]:
 def _fetched(hub_id: str) -> Path | None:
     """The folder of the hub's cache that holds what was fetched of a repository, whole or not; None: nothing was."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(hub_id, local_files_only=True))
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, HFValidationError):
         return None
 
 
