@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow coverage check bench clean
 
 demo: .venv/demo-is-ready  ## the three stages on real clips with a tiny random model, on the CPU, into runs/demo
 	$(BIN)/python -m tests.demo
@@ -14,6 +14,12 @@ test: .venv/dev-is-ready  ## the tests that a commit must pass
 
 test-slow: .venv/dev-is-ready  ## many processes, kills, minutes
 	$(BIN)/python -m pytest -m slow
+
+coverage: .venv/dev-is-ready  ## lines that no test reaches, of both suites together; not of processes that are killed
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine
+	$(BIN)/coverage report --skip-covered --show-missing
 
 check: .venv/dev-is-ready  ## style and types
 	$(BIN)/ruff check

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import index, learning, memory, preprocess, reader, sampler, stages, step
+from benchmarks import index, learning, memory, mutants, preprocess, preview, reader, sampler, stages, step
 
-BENCHMARKS = (step, memory, sampler, index, reader, preprocess, stages, learning)
+BENCHMARKS = (step, memory, sampler, index, preview, reader, preprocess, stages, learning, mutants)
 
 if __name__ == "__main__":
     within = [benchmark.main() for benchmark in BENCHMARKS]

@@ -32,7 +32,10 @@ def main(argv: list[str]) -> int:
         if video.matches is not None:
             told = "are those of the recipe, to the last bit" if video.matches else DIFFER
             say("frames", told, matches=video.matches)
-        write_gallery(request.folder)
+        if video.made:
+            write_gallery(request.folder)
+    page = write_gallery(request.folder)
+    say("gallery", f"{page}; open it in a browser", path=page)
     return 0
 
 

@@ -24,8 +24,6 @@ from preprocess.units import Failure, Made, Units
 from shared.cache import Cache
 from shared.errors import ModelError
 
-MOST_DECODERS = 8  # as a run on one machine
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -64,7 +62,7 @@ class Encoder:
             UserError: this node does not have what the driver has.
         """
         node = socket.gethostname()
-        decoders = self._config.dataloader_num_workers or min(max(_cpus() - 1, 1), MOST_DECODERS)
+        decoders = self._config.decoders_among(_cpus())
         config = replace(self._config, dataloader_num_workers=decoders)
         checkpoint, cache = open_model(config), Cache(config.cache)
         with ExitStack() as held:

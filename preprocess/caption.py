@@ -10,10 +10,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from preprocess import files
 from preprocess.captions import SUFFIXES, beside, notes
+from preprocess.data_flags import DataFlags
 from preprocess.tables import suffix_of
 from shared.config import parse_config
 from shared.console import LABEL, say, warn
@@ -29,27 +30,17 @@ SHOWN = 100  # rejected clips that are told one by one; OUTPUT.rejected has them
 
 
 @dataclass(frozen=True)
-class CaptionConfig:
-    """Write a manifest whose captions a model has written. Exit status: 0 done, 2 refused, or no clip has a caption."""
+class CaptionConfig(DataFlags):
+    """Write a manifest with captions by a model, of one where they may be missing. Exit status: 0 done, 2 refused, or
+    no clip has a caption."""
 
+    OUTPUT: ClassVar[str] = "Output"
     output: str = ""
     """Manifest to write: a .jsonl, .csv or .tsv file; one that is there is gone on from."""
     overwrite: bool = False
     """Replace captions that are there already, those of the manifest and those of an earlier run."""
 
-    instance_data_root: str | None = None
-    """Folder that the manifest's paths are relative to."""
-    dataset_name: str | None = None
-    """Videos: a folder, or a manifest as stage 1 takes it; captions may be missing."""
-    dataset_config_name: str | None = None
-    """Configuration of the hub data set."""
-    caption_column: str = "caption"
-    """Column of the captions that are there; without --dataset_name a text file, a caption a line."""
-    video_column: str = "video"
-    """Column of the videos; without --dataset_name a text file, a path a line."""
-    follow_links: bool = False
-    """Take videos that are symbolic links out of the data root."""
-
+    MODELS: ClassVar[str] = "Models"
     caption_model: str | None = None
     """Image-text-to-text model of transformers that captions: a folder or a hub id."""
     caption_revision: str | None = None
@@ -62,15 +53,16 @@ class CaptionConfig:
     """Branch, tag or commit of --rewrite_model on the hub."""
     rewrite_template: str | None = None
     """Text file with what that model is told, {caption} for the caption; default: configs/caption_template.txt."""
-    cache_dir: str | None = None
-    """Where the hub's files are kept; default: the hub's own place."""
 
+    SEEN: ClassVar[str] = "What the captioning model sees"
     frames: int = 8
     """Frames that the model sees of a clip, spread evenly in time."""
     frame_size: int = 448
     """Longer side of these frames in pixels, at most."""
     clip_seconds: float | None = None
     """Seconds from the start of each video or segment that the caption is about; default: all of it."""
+
+    TEXTS: ClassVar[str] = "Texts"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the models run in; auto: as their weights are stored (float16 on a CPU: float32)."""
     batch_size: int = 1
@@ -81,12 +73,9 @@ class CaptionConfig:
     """0 writes the likeliest words; more draws them, seeded by clip."""
     seed: int = 42
     """Seed of these draws."""
-    dataloader_num_workers: int = 0
-    """Decoding processes; 0: as many as the cores allow, at most 8."""
-    decode_timeout: float = 120.0
-    """Seconds that reading one clip may take before its decoder is killed and the clip rejected."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if suffix_of(Path(self.output)) not in SUFFIXES or files.is_url(self.output):
             raise ConfigError(
                 f"--output {self.output!r}; must be a file on this machine, such as captions.jsonl or .csv"
@@ -102,17 +91,8 @@ class CaptionConfig:
             raise ConfigError(f"--clip_seconds {self.clip_seconds}; must be above 0 seconds")
         if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"--temperature {self.temperature}; must be a number of 0 or more, such as 0.7")
-        if self.dataloader_num_workers < 0:
-            raise ConfigError(f"--dataloader_num_workers {self.dataloader_num_workers}; must not be negative")
-        if not self.decode_timeout > 0:
-            raise ConfigError(f"--decode_timeout {self.decode_timeout}; must be above 0 seconds")
         self.prompt()
         self.template()
-
-    @property
-    def decoders(self) -> int:
-        """Decoding processes."""
-        return self.dataloader_num_workers or min(max((os.cpu_count() or 2) - 1, 1), 8)
 
     @property
     def decoding(self) -> Decoding:

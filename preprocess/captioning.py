@@ -9,7 +9,7 @@ written when all are there, and the journal removed after that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,7 +29,6 @@ from preprocess.captions import (
 )
 from preprocess.glimpses import Look, read_glimpses
 from preprocess.journal import Journal
-from preprocess.manifest import iter_manifest
 from preprocess.video import PIXELS_VERSION
 from shared.console import Progress
 from shared.errors import ConfigError, ManifestError, UserError, VideoError
@@ -152,23 +151,13 @@ class _Run:
         config, known = self._config, Known(self._output)
         self._rows: list[Row] = []
         self._paths: dict[Key, str] = {}
-        for record in iter_manifest(
-            dataset_name=config.dataset_name,
-            dataset_config_name=config.dataset_config_name,
-            instance_data_root=config.instance_data_root,
-            caption_column=config.caption_column,
-            video_column=config.video_column,
-            follow_links=config.follow_links,
-            cache_dir=config.cache_dir,
-            needs_captions=False,
-            besides=self._output,
-        ):
+        for record in config.records(to_caption=True, besides=self._output):
             row = row_of(record)
             self._paths[row.key] = record.path
             held = known.take(row.key)
             if held and held.caption_source == "manifest" and row.caption not in ("", held.caption):
                 self._outcome.differing += 1
-            self._rows.append(replace(held, weight=row.weight) if held else row)
+            self._rows.append(held.joined(row) if held else row)
         self._unnamed = known.rest()
 
     def finish(self) -> Outcome:

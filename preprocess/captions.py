@@ -8,6 +8,7 @@ Columns, of which `python -m preprocess` reads the first five:
     caption_model, caption_revision, caption_recipe    what looked at the frames: its name, the hub's commit, how
     raw_caption             what rewrite_model was given
     rewrite_model, rewrite_revision, rewrite_recipe    what wrote the caption anew
+    and whatever other columns the manifest that was read has, as they are
 
 A recipe is the digest of everything that the text depends on; `OUTPUT.recipes` holds what it stands for.
 """
@@ -20,14 +21,14 @@ import json
 import os
 import unicodedata
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from preprocess import files
 from preprocess.manifest import Record
-from preprocess.tables import Columns, suffix_of, table_rows
+from preprocess.tables import Columns, carried, suffix_of, table_rows
 from shared.errors import ConfigError, ManifestError
 from shared.storage import write_atomically
 
@@ -71,6 +72,12 @@ class Row:
     rewrite_model: str | None = None
     rewrite_revision: str | None = None
     rewrite_recipe: str | None = None
+    others: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cells(self) -> dict[str, Any]:
+        """What stands in each column."""
+        return {**{name: getattr(self, name) for name in COLUMNS}, **self.others}
 
     @property
     def key(self) -> Key:
@@ -79,21 +86,37 @@ class Row:
 
     def captioned(self, text: str, by: Author) -> Row:
         """The row with a model's caption; what was known of an older one goes."""
-        facts = (self.video, text, self.start_s, self.end_s, self.weight)
-        return Row(*facts, "model", caption_model=by.model, caption_revision=by.revision, caption_recipe=by.recipe)
+        made = Row(self.video, text, self.start_s, self.end_s, self.weight, "model", others=self.others)
+        return replace(made, caption_model=by.model, caption_revision=by.revision, caption_recipe=by.recipe)
 
     def rewritten(self, text: str, raw: str, by: Author) -> Row:
         """The row with its caption written anew from `raw`."""
         made = replace(self, caption=text, caption_source="rewrite", raw_caption=raw)
         return replace(made, rewrite_model=by.model, rewrite_revision=by.revision, rewrite_recipe=by.recipe)
 
+    def joined(self, now: Row) -> Row:
+        """The row as an earlier run left it, with the manifest's weight of `now`, and what else is new there."""
+        held = {name: cell for name, cell in self.others.items() if cell not in (None, "")}
+        return replace(self, weight=now.weight, others={**self.others, **now.others, **held})
 
-COLUMNS = [field.name for field in fields(Row)]
+
+COLUMNS = [column.name for column in fields(Row) if column.name != "others"]
+OURS = COLUMNS[COLUMNS.index("caption_source") :]  # which no manifest has but those of this command
 
 
 def row_of(record: Record) -> Row:
-    """The row of a clip as its manifest tells it."""
-    return Row(record.path, record.caption, record.start_s, record.end_s, record.weight)
+    """The row of a clip as its manifest tells it; where that is one of this command's, without who wrote its captions.
+
+    Raises:
+        ManifestError: a column of the manifest's would be lost to one of the same name.
+    """
+    is_ours = "caption_source" in record.others
+    others = {name: cell for name, cell in record.others.items() if not (is_ours and name in OURS)}
+    if taken := [name for name in others if name in COLUMNS]:
+        raise ManifestError(
+            f"{record.origin}: has a column {taken[0]!r}, which OUTPUT has for what it tells itself; rename it"
+        )
+    return Row(record.path, record.caption, record.start_s, record.end_s, record.weight, others=others)
 
 
 def name_of(video: str, output: Path) -> str:
@@ -130,7 +153,7 @@ class Known:
                 if "caption_source" not in cells:
                     raise ConfigError(f"--output {output}: is there, and not of this command; give another path")
                 row = _row(origin, {name: None if cell == "" else cell for name, cell in cells.items()})
-                row = replace(row, video=video_of(row.video, output))
+                row = replace(row, video=video_of(row.video, output), others=carried(origin, cells, COLUMNS))
                 self._rows[row.key].append(row)
 
     def take(self, key: Key) -> Row | None:
@@ -155,16 +178,21 @@ def _row(origin: str, cells: dict[str, Any]) -> Row:
     return Row(**{**told, **numbers, "weight": weight, "caption_source": source})
 
 
-def write_manifest(output: Path, rows: Iterable[Row]) -> None:
+def write_manifest(output: Path, rows: Sequence[Row]) -> None:
     """Write the manifest: complete under its name, or the one that was there."""
     text = io.StringIO(newline="")
     if suffix_of(output) == ".jsonl":
-        text.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+        text.writelines(json.dumps(row.cells, ensure_ascii=False) + "\n" for row in rows)
     else:
-        table = csv.DictWriter(text, COLUMNS, delimiter="\t" if suffix_of(output) == ".tsv" else ",")
+        columns = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row.others)])
+        table = csv.DictWriter(text, list(columns), delimiter="\t" if suffix_of(output) == ".tsv" else ",")
         table.writeheader()
-        table.writerows(asdict(row) for row in rows)
+        table.writerows({name: _flat(cell) for name, cell in row.cells.items()} for row in rows)
     write_atomically(output, text.getvalue())
+
+
+def _flat(cell: Any) -> Any:
+    return json.dumps(cell, ensure_ascii=False) if isinstance(cell, list | dict) else cell
 
 
 def beside(output: Path, kind: Literal["recipes", "rejected"]) -> Path:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from shared.dataset import DataSet
 from shared.errors import CacheError
 
-BARS = 24  # of a histogram, at most
+BARS = 24  # of a histogram, and one more where its ranges are moved to a limit
 
 
 @dataclass
@@ -67,7 +67,7 @@ def count_samples(dataset: DataSet, refused: int) -> Census:
 
 
 def bars(counts: Counter[int], limit: int | None = None) -> list[dict[str, Any]]:
-    """A histogram of whole numbers: a bar a value, or BARS equal ranges where there are more values.
+    """A histogram of whole numbers: a bar a value, or equal ranges where there are more than BARS values.
 
     Args:
         limit: ranges do not straddle it; those above are marked.
@@ -80,9 +80,10 @@ def bars(counts: Counter[int], limit: int | None = None) -> list[dict[str, Any]]
         width = max(1, -(-(high - low + 1) // BARS))
         low = limit + 1 - width * -(-(limit + 1 - low) // width) if limit is not None else low
     starts = range(low, high + 1, width) if width > 1 or limit is not None else sorted(counts)
-    ranges = [
-        (start, start + width - 1, sum(counts[value] for value in range(start, start + width))) for start in starts
-    ]
+    inside: Counter[int] = Counter()
+    for value, count in counts.items():
+        inside[value - (value - low) % width] += count
+    ranges = [(start, start + width - 1, inside[start]) for start in starts]
     most = max(count for _, _, count in ranges)
     return [
         {

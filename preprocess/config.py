@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
 
+from preprocess.data_flags import DataFlags
 from shared.config import check_name
 from shared.errors import ConfigError
 from shared.geometry import Bucket, largest_frame_count
@@ -19,8 +19,12 @@ MAX_SHARD_SIZE = 100_000  # clips of a part: its index is read whole
 
 
 @dataclass(frozen=True)
-class PreprocessConfig:
+class PreprocessConfig(DataFlags):
     """Stage 1: videos and captions become a latent cache, made once and reused by every later run."""
+
+    DATA: ClassVar[str] = "Data: videos and captions"
+    id_token: str | None = None
+    """Put before each prompt, with one space."""
 
     CACHE: ClassVar[str] = "Cache"
     cache: str = "cache"
@@ -35,26 +39,8 @@ class PreprocessConfig:
     """Branch, tag or commit of the checkpoint on the hub."""
     variant: str | None = None
     """Variant of the weight files, such as fp16."""
-    cache_dir: str | None = None
-    """Where the hub's files are kept; default: the hub's own place."""
     rehash: bool = False
     """Compute the digests of weight files again instead of trusting the remembered ones."""
-
-    DATA: ClassVar[str] = "Data: videos and captions"
-    instance_data_root: str | None = None
-    """Folder that the manifest's paths are relative to."""
-    dataset_name: str | None = None
-    """Manifest: a .csv, .tsv, .json, .jsonl or .parquet file, a folder, or a hub data set."""
-    dataset_config_name: str | None = None
-    """Configuration of the hub data set."""
-    caption_column: str = "caption"
-    """Column of the captions; without --dataset_name a text file, a caption a line."""
-    video_column: str = "video"
-    """Column of the videos; without --dataset_name a text file, a path a line."""
-    follow_links: bool = False
-    """Take videos that are symbolic links out of the data root."""
-    id_token: str | None = None
-    """Put before each prompt, with one space."""
 
     SIZE: ClassVar[str] = "Size, frames and clips"
     height: int | None = None
@@ -115,10 +101,6 @@ class PreprocessConfig:
     """Prompts that T5 encodes together, at least 1."""
     shard_size: int = 64
     """Clips a part of the cache holds at most, 1 to 100000."""
-    dataloader_num_workers: int = 0
-    """Decoding processes, at least 0; 0: as many as the cores allow, at most 8."""
-    decode_timeout: float = 120.0
-    """Seconds, above 0, that reading one clip may take before its decoder is killed and the clip rejected."""
     retry_rejected: bool = False
     """Try again the videos that could not be read in an earlier run."""
     num_workers: int = 1
@@ -146,6 +128,7 @@ class PreprocessConfig:
     """Image-to-video: pictures that these videos start from, kept in the cache; one for all prompts, or one each."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_name(self.dataset)
         if not self.pretrained_model_name_or_path:
             raise ConfigError("--pretrained_model_name_or_path is missing; give a folder or THUDM/CogVideoX-2b")
@@ -168,9 +151,11 @@ class PreprocessConfig:
                 f"--engine ray with --num_workers {self.num_workers}: one driver shares the clips among the cluster's "
                 "nodes; leave out --num_workers"
             )
+        if self.plan and self.check_tiling:
+            raise ConfigError("--plan with --check_tiling: each is a look of its own; give one of them")
         if self.engine == "ray" and self.tile == "auto":
             raise ConfigError("--tile auto with --engine ray: the nodes' memory is not this machine's; give on or off")
-        for name in ("skip_frames_start", "skip_frames_end", "dataloader_num_workers"):
+        for name in ("skip_frames_start", "skip_frames_end"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name} {getattr(self, name)}; must not be negative")
         if self.enable_tiling and self.tile not in (None, "on"):
@@ -183,17 +168,10 @@ class PreprocessConfig:
                 raise ConfigError(f"--{name} {value}; must be above 0 seconds")
         if self.clip_stride is not None and self.clips != "slide":
             raise ConfigError(f"--clip_stride {self.clip_stride:g}: is of --clips slide; this is {self.clips}")
-        if not self.decode_timeout > 0:
-            raise ConfigError(f"--decode_timeout {self.decode_timeout}; must be above 0 seconds")
         if self.buckets is not None and (self.height, self.width, self.max_num_frames) != (None, None, None):
             raise ConfigError("--buckets stands in place of --height, --width and --max_num_frames; give one or other")
         check_validation_flags(self.validation_prompt, self.validation_prompts, self.validation_prompt_separator)
         self.frame_rate(8)
-
-    @property
-    def decoders(self) -> int:
-        """Decoding processes."""
-        return self.dataloader_num_workers or min(max((os.cpu_count() or 2) - 1, 1), 8)
 
     def frame_rate(self, native_fps: float) -> float | None:
         """Frames taken a second; None takes every frame of the source."""

@@ -46,7 +46,7 @@ def forecast(config: PreprocessConfig) -> Iterator[str]:
             plan_clips(spool, config, checkpoint)
             find_missing(spool, stores, config)
             samples, rejected = spool.counts()
-            if not samples:
+            if not samples and config.num_workers == 1:  # a worker may have none, or reject all of its own
                 raise UserError(refusal(samples, rejected, next(spool.rejected())[1]))
             yield f"clips     {samples} of {samples + rejected}"
             for reason, count in sorted(spool.rejections().items()):

@@ -23,9 +23,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_TO_TEXT
 
 from shared.errors import ModelError
+from shared.hub import fetch_files
 from shared.models import STORED_DTYPES, choose_device, choose_dtype
 
-PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")  # of a repository: never code
+PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]  # of a repository: never code
 _QUOTED = re.compile(r'["“]([^"“”]*)["”]')
 
 
@@ -67,20 +68,9 @@ def fetch_model(name: str, *, sees: bool, revision: str | None, cache_dir: str |
     Raises:
         ModelError: neither a model's folder nor a hub id that can be fetched, or a model of another kind.
     """
-    folder, commit = Path(name).expanduser(), None
-    if folder.is_dir():
-        name, folder = str(folder.resolve()), folder.resolve()
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(f"{name}: no such folder, and not a hub id such as OWNER/NAME")
-    else:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            fetched = snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=list(PATTERNS))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-            raise ModelError(f"{name}: no such folder, and the hub did not give it: {error}") from error
-        folder, commit = Path(fetched), Path(fetched).name
+    name, commit, folder = fetch_files(
+        name, revision=revision, cache_dir=cache_dir, patterns=PATTERNS, example="OWNER/NAME"
+    )
     config = _read_config(name, folder)
     names, kind = (IMAGE_TEXT_TO_TEXT, "an image-text-to-text model") if sees else (CAUSAL, "a causal language model")
     if config.model_type not in names:  # known now, not when hours of the other model's work are done

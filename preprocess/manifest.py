@@ -23,7 +23,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,14 @@ from preprocess import files
 from preprocess.roots import DataRoot
 from preprocess.tables import (
     END_COLUMNS,
+    HALF_PAIR,
     START_COLUMNS,
     TABLE_SUFFIXES,
     VIDEO_SUFFIXES,
     WEIGHT_COLUMNS,
     Columns,
     Rows,
+    carried,
     files_below,
     hub_rows,
     is_clone,
@@ -49,8 +51,8 @@ from preprocess.tables import (
 )
 from shared.errors import ConfigError, ManifestError
 
+LARGEST = 1e9  # of a time in seconds, or of a weight: sums of them stay exact enough
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # JSON can spell half a surrogate pair; UTF-8 cannot
 _QUOTED = re.compile(r'"([^"]*(?:"\w.*)?)"', re.DOTALL)  # but `"Stop" is on one sign, on the other "Go"` stays
 
 
@@ -66,6 +68,7 @@ class Record:
         end_s: where the clip ends in its video, in seconds; None is the video's end.
         weight: how often the clip is drawn, beside others of weight 1.
         origin: `FILE:LINE` or `FILE row N` of the manifest, for messages.
+        others: where the manifest is to be captioned, the cells of its other columns, as JSON holds them.
     """
 
     source: str
@@ -75,6 +78,7 @@ class Record:
     end_s: float | None
     weight: float
     origin: str
+    others: Mapping[str, Any] = field(default_factory=dict)
 
 
 def iter_manifest(
@@ -87,7 +91,7 @@ def iter_manifest(
     revision: str | None = None,
     cache_dir: str | None = None,
     follow_links: bool = False,
-    needs_captions: bool = True,
+    to_caption: bool = False,
     besides: Path | None = None,
 ) -> Iterator[Record]:
     """The records of a manifest, in its order; each is checked when it is taken. The module's head lists the forms.
@@ -95,13 +99,13 @@ def iter_manifest(
     Args:
         cache_dir: for data sets of the hub and for videos embedded in a table; None is their usual place.
         follow_links: take videos that are symbolic links to files outside the data root.
-        needs_captions: a clip without a caption is a mistake; else its caption is empty.
+        to_caption: a clip may have no caption, which is then empty, and other columns are kept.
         besides: a table that is not the manifest, though it may lie at the top of its folder.
 
     Raises:
         ManifestError: the first line that cannot be used, by file, number and value.
     """
-    columns = Columns(caption_column, video_column, needs_captions)
+    columns = Columns(caption_column, video_column, to_caption)
     rows: Rows
     if dataset_name and files.is_url(dataset_name):
         url = files.check(dataset_name)
@@ -169,11 +173,11 @@ def _records(name: str, rows: Rows, columns: Columns, root: DataRoot, cache_dir:
 
 def _record(origin: str, row: Mapping[str, Any], columns: Columns, root: DataRoot, embedded: Path) -> Record:
     caption, video = _unquoted(row.get(columns.caption)), row[columns.video]
-    if not columns.needs_caption and (caption is None or (isinstance(caption, str) and not caption.strip())):
+    if columns.to_caption and (caption is None or (isinstance(caption, str) and not caption.strip())):
         caption = ""
     elif caption is None or not str(caption).strip():
         raise ManifestError(f"{origin}: the caption is empty ({caption!r}); write one, or remove the clip")
-    if not isinstance(caption, str) or _HALF_PAIR.search(caption):
+    if not isinstance(caption, str) or HALF_PAIR.search(caption):
         raise ManifestError(f"{origin}: the caption {caption!r:.60} is not text; correct it")
 
     if isinstance(video, Mapping) and isinstance(video.get("bytes"), bytes):
@@ -190,7 +194,8 @@ def _record(origin: str, row: Mapping[str, Any], columns: Columns, root: DataRoo
     weight = _number(origin, row, WEIGHT_COLUMNS)
     if end_s is not None and end_s <= (start_s or 0):
         raise ManifestError(f"{origin}: end = {end_s}; must be greater than start = {start_s or 0}")
-    return Record(source, path, caption, start_s, end_s, 1.0 if weight is None else weight, origin)
+    others = carried(origin, row, columns.read) if columns.to_caption else {}
+    return Record(source, path, caption, start_s, end_s, 1.0 if weight is None else weight, origin, others)
 
 
 def _unquoted(cell: Any) -> Any:
@@ -207,8 +212,9 @@ def _number(origin: str, row: Mapping[str, Any], columns: tuple[str, ...]) -> fl
                 number = float(row[column])
             except (TypeError, ValueError, OverflowError):
                 number = math.nan
-            if not 0 <= number < math.inf:
-                raise ManifestError(f"{origin}: {column} = {row[column]!r}; must be a number of at least 0")
+            if not 0 <= number <= LARGEST:
+                must = f"must be a number from 0 to {LARGEST:g}"
+                raise ManifestError(f"{origin}: {column} = {row[column]!r}; {must}")
             return number
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def render(
 
     Args:
         rows: of samples.parquet, each with its strip in `strips`.
-        decoded: by sample_id, `jpeg` and `psnr` of what the VAE makes of the cached moments.
+        decoded: of `reconstruct`.
     """
     facts = dataset.info["facts"]
     limit = facts["embeddings"]["max_length"]
@@ -69,7 +70,8 @@ def render(
         samples=samples,
         has_decoded=bool(decoded),
         place=place,
-        url=dataset.cache.url,
+        command=f"python -m preprocess.preview {shlex.quote(dataset.cache.url)} --dataset {shlex.quote(dataset.name)} "
+        f"--version {dataset.digest[:12]} --all",
     )
 
 

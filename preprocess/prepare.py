@@ -7,7 +7,6 @@ from typing import Any
 
 from preprocess.config import PreprocessConfig
 from preprocess.fingerprints import embeddings_fingerprint, images_fingerprint, latents_fingerprint
-from preprocess.manifest import iter_manifest
 from preprocess.plan import plan_record
 from preprocess.publish import Stores
 from preprocess.share import is_mine
@@ -22,17 +21,8 @@ from shared.storage import canonical_json
 
 def read_manifest(config: PreprocessConfig, spool: Spool) -> str:
     """Give the spool this worker's records. Returns the digest of all records, whosever they are."""
-    rows = iter_manifest(
-        dataset_name=config.dataset_name,
-        dataset_config_name=config.dataset_config_name,
-        instance_data_root=config.instance_data_root,
-        caption_column=config.caption_column,
-        video_column=config.video_column,
-        follow_links=config.follow_links,
-        cache_dir=config.cache_dir,
-    )
     hasher = hashlib.sha256()
-    for row, record in enumerate(Progress(rows, name="manifest", unit="clip")):
+    for row, record in enumerate(Progress(config.records(), name="manifest", unit="clip")):
         told = (record.source, record.caption, record.start_s, record.end_s, record.weight)
         hasher.update(canonical_json(told))
         if is_mine(config, record):

@@ -18,7 +18,7 @@ import numpy as np
 from preprocess.decode import DecodePool, make_preview
 from preprocess.frames import Placement
 from preprocess.sources import Source, known_sources
-from shared.cache import latent_key
+from shared.cache import Store, latent_key
 from shared.dataset import DataSet
 from shared.errors import CacheError, VideoError
 from shared.models import Checkpoint, choose_device, load_vae, open_checkpoint
@@ -30,10 +30,14 @@ TIMEOUT_S = 120.0  # of decoding one clip
 def reconstruct(
     dataset: DataSet, rows: Sequence[dict[str, Any]], count: int, model: str | None, cache_dir: str | None
 ) -> dict[str, dict[str, Any]]:
-    """Reconstructions of `count` samples, spread evenly over `rows`: by sample_id `jpeg`, `psnr` and `fault`.
+    """Reconstructions of `count` samples, spread evenly over `rows`, in the tiles that they were encoded in.
 
     Args:
         model: the checkpoint; None: what dataset.json names.
+
+    Returns:
+        By sample_id: `jpeg`, a strip of its frames; `psnr`, in dB; `fault`, why one of these is None; `tiled`, whether
+        it was decoded in tiles because the GPU has no room for the whole.
 
     Raises:
         CacheError: the latents are of another VAE, or no sample could be compared.
@@ -52,19 +56,30 @@ def reconstruct(
         weights=("vae",),
     )
     _check_vae(checkpoint, facts)
-    found = {row["sample_id"]: _key_facts(dataset, row) for row in chosen}
-    sources = _find_sources(dataset, chosen, found)
-    device = choose_device()
-    vae = load_vae(checkpoint, getattr(torch, facts["dtype"])).to(device)
-    if facts["tiling"] or device == "cuda":  # whole, a native clip takes tens of gigabytes
-        vae.enable_tiling()
-    made: dict[str, dict[str, Any]] = {}
     store = dataset.open_store("latent")
+    found: dict[str, dict[str, Any]] = {}
+    made: dict[str, dict[str, Any]] = {}
+    for row in chosen:
+        try:
+            found[row["sample_id"]] = _key_facts(store, row["latent_key"])
+        except CacheError as error:
+            made[row["sample_id"]] = {"jpeg": None, "psnr": None, "fault": str(error), "tiled": False}
+    chosen = [row for row in chosen if row["sample_id"] in found]
+    sources = _find_sources(dataset, chosen, found)
+    vae = load_vae(checkpoint, getattr(torch, facts["dtype"])).to(choose_device())
+    if tiling := facts["tiling"]:
+        vae.enable_tiling(tiling["height"], tiling["width"], tiling["overlap_height"], tiling["overlap_width"])
     with DecodePool(1, TIMEOUT_S) as pool:
         for row in chosen:
             name, source = row["sample_id"], sources.get(row["sample_id"])
             moments = decode_array(store.read(row["latent_key"]), f"sample {name}")
-            frames = decode_moments(vae, moments)
+            try:
+                frames = decode_moments(vae, moments)
+            except torch.OutOfMemoryError:  # whole, decoding a clip takes more than twice what encoding it took
+                if vae.use_tiling:
+                    raise
+                vae.enable_tiling()
+                frames = decode_moments(vae, moments)
             fault, psnr = "", None
             if source is None:
                 fault = "its video is not where stage 1 read it, or has changed"
@@ -75,8 +90,9 @@ def reconstruct(
                     psnr = peak_signal_to_noise(read.result().frames, frames)
                 except VideoError as error:
                     fault = str(error)
-            made[name] = {"jpeg": make_preview(frames), "psnr": psnr, "fault": fault}
-    if all(one["psnr"] is None for one in made.values()):
+            tiled = vae.use_tiling and not facts["tiling"]
+            made[name] = {"jpeg": make_preview(frames), "psnr": psnr, "fault": fault, "tiled": tiled}
+    if made and all(one["psnr"] is None for one in made.values()):
         faults = "; ".join(sorted({one["fault"] for one in made.values()}))
         raise CacheError(f"{dataset.cache.url}: no sample could be compared ({faults}); bring the videos back")
     return made
@@ -107,19 +123,22 @@ def _check_vae(checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
         )
 
 
-def _key_facts(dataset: DataSet, row: dict[str, Any]) -> dict[str, Any]:
-    """The JSON beside a sample's moments: placement and pixels_version."""
-    storage, folder, part = dataset.cache.storage, dataset.store_folder("latent"), row["latent_part"]
-    path = f"{folder}/{part}.parquet"
+def _key_facts(store: Store, key: bytes) -> dict[str, Any]:
+    """The JSON beside a sample's moments, wherever a repair has put them: placement and pixels_version."""
+    (row,) = store.find([key])
+    if row < 0:
+        raise CacheError(f"{store.storage.full(store.folder)}: does not hold {key.hex()}; run stage 1 again")
+    part = store.location(int(row)).part
+    path = f"{store.folder}/{part}.parquet"
     try:
-        table, _ = read_index(storage.read(path), storage.full(path))
+        table, _ = read_index(store.storage.read(path), store.storage.full(path))
     except OSError as error:
-        raise CacheError(f"{storage.full(path)}: cannot be read ({error}); run stage 1 again") from error
+        raise CacheError(f"{store.storage.full(path)}: cannot be read ({error}); run stage 1 again") from error
     for entry in table.to_pylist():
-        if entry["key"] == row["latent_key"] and entry["member"] == "json":
+        if entry["key"] == key and entry["member"] == "json":
             place = Location(part, entry["offset"], entry["size_bytes"], entry["crc32"])
-            return dict(json.loads(read_member(storage, folder, place)))
-    raise CacheError(f"{storage.full(path)}: has no facts of {row['latent_key'].hex()}; run stage 1 again")
+            return dict(json.loads(read_member(store.storage, store.folder, place)))
+    raise CacheError(f"{store.storage.full(path)}: has no facts of {key.hex()}; run stage 1 again")
 
 
 def _find_sources(

@@ -79,6 +79,11 @@ def check_tiling(config: PreprocessConfig) -> Iterator[str]:
             sources.save()
             plan_clips(spool, config, checkpoint)
             samples, rejected = spool.counts()
+            if not samples and not rejected:
+                raise UserError(
+                    f"--check_tiling: no clip is of --worker_index {config.worker_index} of {config.num_workers}; "
+                    "leave --num_workers and --worker_index out"
+                )
             if not samples:
                 raise UserError(refusal(samples, rejected, next(spool.rejected())[1]))
             from preprocess.encode import VideoEncoder  # late: torch

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -16,11 +18,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from preprocess.roots import DataRoot
+from shared.console import warn
 from shared.errors import ManifestError
 
 TABLE_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".parquet"}
 VIDEO_SUFFIXES = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif"}
 START_COLUMNS, END_COLUMNS, WEIGHT_COLUMNS = ("start", "start_s"), ("end", "end_s"), ("weight",)
+HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # JSON can spell half a surrogate pair; UTF-8 cannot
 
 Rows = Iterator[tuple[str, Mapping[str, Any]]]  # where a row is, and its cells by column
 
@@ -30,12 +34,18 @@ class Columns:
     """The columns that a manifest's captions and videos are in.
 
     Attributes:
-        needs_caption: a manifest without captions is a mistake; else its rows lack that cell, or hold None.
+        to_caption: the manifest is to be captioned: its rows may lack the caption, or hold None, and have the columns
+            that stage 1 does not read, too. Else a manifest without captions is a mistake.
     """
 
     caption: str
     video: str
-    needs_caption: bool = True
+    to_caption: bool = False
+
+    @property
+    def read(self) -> set[str]:
+        """The columns that stage 1 reads."""
+        return {self.caption, self.video, *START_COLUMNS, *END_COLUMNS, *WEIGHT_COLUMNS}
 
     def row(self, caption: str | None, video: str) -> dict[str, Any]:
         """The cells of a row that has no others."""
@@ -45,7 +55,7 @@ class Columns:
 def text_rows(folder: Path, columns: Columns) -> Rows:
     """The rows of two text files, which the columns name: a line each, and equally many."""
     paths = [folder / columns.caption, folder / columns.video]
-    if not columns.needs_caption and not paths[0].is_file() and paths[1].is_file():
+    if columns.to_caption and not paths[0].is_file() and paths[1].is_file():
         yield from ((origin, columns.row(None, video)) for origin, video in _lines(paths[1]))
         return
     for flag, path in zip(("--caption_column", "--video_column"), paths, strict=True):
@@ -103,7 +113,7 @@ def pair_rows(folder: Path, files: list[Path], columns: Columns, follow_links: b
         raise ManifestError(f"{texts[alone[0]]}: has no video of this name beside it; add it, or remove the text")
     for video in videos:
         text = texts.get(video.with_suffix(""))
-        if text is None and not columns.needs_caption:
+        if text is None and columns.to_caption:
             yield str(video), columns.row(None, str(video.relative_to(folder)))
             continue
         if text is None:
@@ -181,7 +191,8 @@ def _parquet_rows(path: Path, name: str, columns: Columns) -> Rows:
             names = file.schema_arrow.names
             _require(name, names, columns)
             is_feature = pyarrow.types.is_struct(file.schema_arrow.field(columns.video).type)
-            batches = file.iter_batches(16 if is_feature else 4096, columns=_taken(names, columns))
+            taken = _taken(name, file.schema_arrow, columns)
+            batches = file.iter_batches(16 if is_feature else 4096, columns=taken)
             rows = chain.from_iterable(batch.to_pylist() for batch in batches)
             for number, row in enumerate(rows, start=1):
                 yield f"{name} row {number}", row
@@ -212,7 +223,7 @@ def hub_rows(name: str, dataset: Any, columns: Columns) -> Rows:
     from datasets import Video
 
     _require(name, dataset.column_names, columns)
-    dataset = dataset.select_columns(_taken(dataset.column_names, columns))
+    dataset = dataset.select_columns(_taken(name, dataset.features.arrow_schema, columns))
     if isinstance(dataset.features[columns.video], Video):
         dataset = dataset.cast_column(columns.video, Video(decode=False))
     for number, row in enumerate(dataset, start=1):
@@ -221,19 +232,57 @@ def hub_rows(name: str, dataset: Any, columns: Columns) -> Rows:
 
 def _require(origin: str, names: list[str], columns: Columns) -> None:
     for flag, column in (("--caption_column", columns.caption), ("--video_column", columns.video)):
-        if column == columns.caption and column not in names and not columns.needs_caption:
+        if column == columns.caption and column not in names and columns.to_caption:
             continue
         if names.count(column) != 1:
             found = "more than one column" if column in names else "no column"
             raise ManifestError(f"{origin}: has {found} {column!r} for {flag}; its columns are {listed(names)}")
+    twice = [name for name in names if name.strip() and names.count(name) > 1]
+    if twice and columns.to_caption:
+        raise ManifestError(f"{origin}: has more than one column {twice[0]!r}; rename one, to keep both")
 
 
-def _taken(names: list[str], columns: Columns) -> list[str]:
-    return [
-        name
-        for name in names
-        if name in {columns.caption, columns.video, *START_COLUMNS, *END_COLUMNS, *WEIGHT_COLUMNS}
-    ]
+def _taken(origin: str, schema: Any, columns: Columns) -> list[str]:
+    """The columns of an Arrow schema to read: other ones only where they are carried, which bytes cannot be."""
+    if not columns.to_caption:
+        return [name for name in schema.names if name in columns.read]
+    heavy = [field.name for field in schema if field.name not in columns.read and _holds_bytes(field.type)]
+    if heavy:
+        warn(f"{origin}: the columns {listed(heavy)} hold bytes, which no text can: they are not carried along")
+    return [name for name in schema.names if name not in heavy]
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether values of an Arrow type hold bytes somewhere, as embedded pictures do."""
+    if kind.num_fields:
+        return any(_holds_bytes(kind.field(number).type) for number in range(kind.num_fields))
+    return "binary" in str(kind)
+
+
+def carried(origin: str, row: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """A row's cells of columns that are not known, as JSON holds them; columns without a name are left out.
+
+    Raises:
+        ManifestError: text that cannot be written as UTF-8.
+    """
+    cells = {name: _plain(cell) for name, cell in row.items() if name not in known and name.strip()}
+    for name, cell in cells.items():
+        if HALF_PAIR.search(json.dumps([name, cell], ensure_ascii=False)):
+            raise ManifestError(
+                f"{origin}: the column {name!r} is not text that UTF-8 can hold ({cell!r:.60}); mend it"
+            )
+    return cells
+
+
+def _plain(cell: Any) -> Any:
+    """Dates, decimals and the like as their text; NaN, which JSON does not know, as no value."""
+    if isinstance(cell, Mapping):
+        return {str(name): _plain(value) for name, value in cell.items()}
+    if isinstance(cell, list | tuple):
+        return [_plain(value) for value in cell]
+    if isinstance(cell, float):
+        return None if math.isnan(cell) else cell if math.isfinite(cell) else str(cell)
+    return cell if cell is None or isinstance(cell, bool | int | str) else str(cell)
 
 
 def suffix_of(path: Path) -> str:

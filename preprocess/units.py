@@ -281,13 +281,13 @@ class ClipUnit:
     def _encode_image(self, job: Job, key: bytes, frame: np.ndarray) -> None:
         from preprocess.images import noised_images  # late: torch
 
+        assert self._images is not None
         noised, sigmas = noised_images(frame, key, self._variants)
-        self.image_keys.add(key)
-        self._publisher.do(self._add_image, job, key, self._encoder.encode_images(noised), sigmas)
-
-    def _add_image(self, job: Job, key: bytes, array: np.ndarray, sigmas: list[float]) -> None:
-        if self._images and self._is_finite(job, array):
-            self._images.add(key, {"image.npy": array, "json": _image_facts(job.sample, sigmas)})
+        array = self._encoder.encode_images(noised)
+        if self._is_finite(job, array):  # else the next clip that begins with it must fail too, not do without
+            self.image_keys.add(key)
+            facts = _image_facts(job.sample, sigmas)
+            self._publisher.do(self._images.add, key, {"image.npy": array, "json": facts})
 
     def _is_finite(self, job: Job, array: np.ndarray) -> bool:
         bad = int(np.count_nonzero(~np.isfinite(array)))

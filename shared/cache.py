@@ -136,6 +136,7 @@ class Store:
 
     def location(self, row: int) -> Location:
         """Where the member of a row that `find` gave lies."""
+        assert row >= 0, "not in the store: the last row's place would be taken for it"
         part, offset, size, crc, _ = self._rows[row].tolist()
         return Location(self._parts[part], offset, size, crc)
 

@@ -114,6 +114,10 @@ def _one_line(config_type: Any, said: str, words: list[str], prog: str) -> str:
     names = [field.name for field in (*dataclasses.fields(config_type), *dataclasses.fields(Terminal))]
     unknown = [word for word in words if word.startswith("--") and _name(word).removeprefix("no_") not in names]
     close = [name for word in unknown for name in difflib.get_close_matches(_name(word), names, n=1)]
+    if set(close) & _secrets(config_type):  # what follows the name may be one
+        for word in unknown:
+            value = word.partition("=")[2] or next(iter(words[words.index(word) + 1 :]), "")
+            what = what.replace(value, "***") if value else what
     hint = f"; did you mean {' or '.join(f'--{name}' for name in dict.fromkeys(close))}?" if close else ""
     return f"{what}{hint}{'' if close else ';'} see {prog} --help"
 
@@ -182,8 +186,14 @@ def _flags_of(config_type: type, file: Path, told: set[str]) -> list[str]:
         elif isinstance(value, int | float | str):
             flags.append(f"--{key}={value}")
         else:
-            raise ConfigError(f"{file}: {key} = {value!r}; must be a string, a number or a boolean")
+            shown = "***" if key in _secrets(config_type) else repr(value)
+            raise ConfigError(f"{file}: {key} = {shown}; must be a string, a number or a boolean")
     return flags
+
+
+def _secrets(config_type: Any) -> set[str]:
+    """The names of the fields that no message may tell."""
+    return {field.name for field in dataclasses.fields(config_type) if field.metadata.get("secret")}
 
 
 def _types(config_type: Any) -> dict[str, Any]:

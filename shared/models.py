@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from shared.digests import file_digest
 from shared.errors import ModelError
 from shared.geometry import SIDE_MULTIPLE, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
+from shared.hub import fetch_files
 
 if TYPE_CHECKING:
     import torch
@@ -220,24 +221,15 @@ def open_checkpoint(
     Raises:
         ModelError: neither a checkpoint's folder nor a hub id that can be fetched.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").exists():
-            raise ModelError(f"{folder}: has no model_index.json; give the folder of a whole diffusers checkpoint")
-        return Checkpoint(str(folder.resolve()), None, variant, folder.resolve())
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(f"{name}: no such folder, and not a hub id such as THUDM/CogVideoX-2b")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     wanted = ["model_index.json", *(f"{part}/{file}" for part, file in CONFIG_FILES.items())]
     wanted += [f"{part}/*{suffix}" for part in weights for suffix in (".safetensors", ".index*.json")]
     wanted += ["tokenizer/*"]
-    try:
-        fetched = snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=wanted)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ModelError(f"{name}: no such folder, and the hub did not give it: {error}") from error
-    return Checkpoint(name, Path(fetched).name, variant, Path(fetched))
+    name, commit, folder = fetch_files(
+        name, revision=revision, cache_dir=cache_dir, patterns=wanted, example="THUDM/CogVideoX-2b"
+    )
+    if commit is None and not (folder / "model_index.json").exists():
+        raise ModelError(f"{folder}: has no model_index.json; give the folder of a whole diffusers checkpoint")
+    return Checkpoint(name, commit, variant, folder)
 
 
 def _safetensors_header(path: Path) -> dict[str, Any]:
@@ -313,7 +305,7 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, *, drop_learned
     """The transformer (`CogVideoXTransformer3DModel`), frozen, on the CPU.
 
     Args:
-        drop_learned_positions: leave out the table of learned positions (5B-I2V), whose RoPE stays.
+        drop_learned_positions: leave out the table of learned positions (5B-I2V), whose RoPE stays; the config says so.
     """
     from diffusers import CogVideoXTransformer3DModel
 
@@ -323,4 +315,6 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype, *, drop_learned
     )
     if drop_learned_positions:
         transformer.patch_embed.use_learned_positional_embeddings = False
+        transformer.patch_embed._buffers.pop("pos_embedding", None)
+        transformer.register_to_config(use_learned_positional_embeddings=False)
     return transformer.requires_grad_(False)

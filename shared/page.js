@@ -10,15 +10,28 @@ function make(name, attributes = {}, ...children) {
 }
 const whole = (value) => value.toLocaleString("en-US");
 
-// A video's first frame is fetched when it comes into sight; players' buttons are shown when they are asked for.
+// A video's first frame is fetched when it comes into sight, with a mark on it that says that it can be played. A
+// player's buttons are shown while it is pointed at; to a finger, which cannot point, once it plays.
 const sight = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) if (isIntersecting) { target.preload = "metadata"; sight.unobserve(target); }
 }, { rootMargin: "200px" });
+const points = matchMedia("(hover: hover)").matches;
 for (const video of document.querySelectorAll("video")) {
+  const player = make("span", { class: "player" });
+  video.replaceWith(player);
+  player.append(video);
   video.controls = false;
-  video.onpointerenter = video.onfocus = () => { video.controls = true; };
-  video.onpointerleave = () => { video.controls = false; };
-  video.onerror = () => { const lost = make("span", { class: "missing" }, "cannot be played"); lost.title = video.title; video.replaceWith(lost); };
+  if (points) {
+    video.onpointerenter = video.onfocus = () => { video.controls = true; };
+    video.onpointerleave = video.onblur = () => { video.controls = false; };
+  } else video.onclick = () => { if (!video.controls) video.play(); };
+  video.onplay = () => { player.classList.add("played"); if (!points) video.controls = true; };
+  video.onerror = () => {
+    const lost = make("span", { class: "missing" }, "cannot be played");
+    lost.title = video.title;
+    if (video.hasAttribute("width")) lost.style.aspectRatio = `${video.getAttribute("width")} / ${video.getAttribute("height")}`;
+    player.replaceWith(lost);
+  };
   video.tabIndex = 0;
   sight.observe(video);
 }

@@ -39,14 +39,22 @@ def render_page(folder: Path, name: str, **values: Any) -> str:
         return Markup("\n".join(file.read_text(encoding="utf-8") for file in files))
 
     template = environment.get_template(f"{name}.html.j2")
-    return template.render(css=joined("css"), js=joined("js"), videos_large_mb=LARGE_BYTES >> 20, **values)
+    html = template.render(css=joined("css"), js=joined("js"), videos_large_mb=LARGE_BYTES >> 20, **values)
+    return html.encode("utf-8", "replace").decode()  # JSON may hold half a pair of surrogates, which UTF-8 has not
 
 
-def video_cell(path: Path, place: Path, size_bytes: int) -> dict[str, Any]:
+def video_cell(path: Path, place: Path, size_bytes: int, size: tuple[float, float] | None) -> dict[str, Any]:
     """What the `video` macro shows of a video.
 
     Args:
         place: where the page will lie; the path is told from there.
+        size: width and height in pixels, where they are known: the page does not jump then as the video is loaded.
     """
     relative = os.path.relpath(path.resolve(), place.resolve().parent)
-    return {"url": quote(relative), "name": path.stem, "size_mb": size_bytes / 1e6, "large": size_bytes > LARGE_BYTES}
+    return {
+        "url": quote(os.fsencode(relative)),  # a name may be no UTF-8
+        "name": path.stem,
+        "size_mb": size_bytes / 1e6,
+        "large": size_bytes > LARGE_BYTES,
+        "size": size,
+    }

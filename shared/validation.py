@@ -28,6 +28,10 @@ def check_validation_flags(prompt: str | None, file: str | None, separator: str)
     """
     if not separator:
         raise ConfigError("--validation_prompt_separator is empty; give what stands between prompts, such as :::")
+    if prompt is not None and not _split(prompt, separator):
+        raise ConfigError(
+            f"--validation_prompt {prompt!r}: holds no prompt; give one, such as 'a cat', or leave it out"
+        )
     if prompt is not None and file is not None:
         raise ConfigError(f"--validation_prompts {file}: stands in place of --validation_prompt; give one of them")
 

@@ -23,6 +23,8 @@ FLAGS = (
     "--headless=new", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu", "--disable-dev-shm-usage",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
     "--mute-audio", "--no-proxy-server",
+    # As a desk that has a mouse: it points finely (4) and hovers (2).
+    "--blink-settings=primaryPointerType=4,availablePointerTypes=4,primaryHoverType=2,availableHoverTypes=2",
 )  # fmt: skip
 SECONDS = 60  # that an answer may take on a busy machine
 
@@ -102,6 +104,7 @@ class Browser:
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone
         )  # fmt: skip
+        self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
@@ -124,6 +127,26 @@ class Browser:
         while not self.ask(expression):
             assert time.monotonic() < end, f"{expression}: not within {SECONDS} s"
             time.sleep(0.05)
+
+    def allow(self, *permissions: str) -> None:
+        """Give pages permissions, as a person would when asked, and the focus that some of them need."""
+        self.call("Browser.grantPermissions", permissions=list(permissions))
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)
+
+    def click(self, element: str) -> None:
+        """Click on an element as a person does, where it is on the screen.
+
+        Args:
+            element: an expression.
+        """
+        self.ask(f"{element}.scrollIntoView({{ block: 'center' }})")
+        self.ask(
+            "new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))"
+        )  # what shows moves it
+        box = self.ask(f"{element}.getBoundingClientRect().toJSON()")
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def move_to(self, x: float, y: float) -> None:
         """Move the pointer, in CSS pixels from the window's corner."""

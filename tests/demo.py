@@ -57,7 +57,7 @@ def main() -> int:
 Done in {time.perf_counter() - started:.0f} s. The model is random, so the video is noise; all else is the real thing:
   {FOLDER}/cache     latents and embeddings in WebDataset tars (tar tf {FOLDER}/cache/latents/*/*.tar), and an index
   {FOLDER}/lora      pytorch_lora_weights.safetensors, its checkpoints, metrics.jsonl
-  {FOLDER}/videos    the video, and a JSON that holds everything needed to make it again
+  {FOLDER}/videos    the video, a JSON that holds everything needed to make it again, and index.html, which shows it
 
 The same with the real model, on a GPU (its 13 GB are fetched from the hub at the first command):
   python -m preprocess --pretrained_model_name_or_path THUDM/CogVideoX-2b --dataset_name my_clips --cache cache

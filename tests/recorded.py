@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 TENSORS = ("moments", "posterior_noise", "noise", "prompt_embeds")
+OF_IMAGES = ("image_moments", "image_posterior_noise", "image_factors")  # where the batch has them
 
 
 def main(folder: Path, argv: list[str]) -> int:
@@ -35,8 +36,9 @@ def main(folder: Path, argv: list[str]) -> int:
     def record_draws(model: Any, batch: Any, *rest: Any) -> Any:
         with (folder / f"rank-{rank}.jsonl").open("a", encoding="utf-8") as file:
             for row, place in enumerate(batch.places):
+                names = [*TENSORS, *(name for name in OF_IMAGES if getattr(batch, name) is not None)]
                 drawn = {
-                    name: hashlib.sha256(getattr(batch, name)[row].numpy().tobytes()).hexdigest() for name in TENSORS
+                    name: hashlib.sha256(getattr(batch, name)[row].numpy().tobytes()).hexdigest() for name in names
                 }
                 told = {"world": world, "step": steps[-1], "place": place, "weight": batch.weights[row].item()}
                 file.write(json.dumps({**told, "timestep": batch.timesteps[row].item(), **drawn}) + "\n")

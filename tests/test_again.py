@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from infer import gallery
 from infer import generate as generate_module
 from infer.__main__ import main
+from infer.compare import strip, strip_height
 from infer.config import InferConfig
 from infer.generate import batches, generate, make_batch
 from infer.recipe import Recipe
@@ -61,17 +63,35 @@ def test_strengths_stand_side_by_side_under_their_names(three):
     _, _, videos = three
     for number, video in enumerate(videos[6:]):
         base, strong = videos[2 * number : 2 * number + 2]
-        frames, gap = read_mp4(video), 4
-        assert frames.shape == (9, 32 + 32, 48 + gap + 48, 3)
+        frames, gap, top = read_mp4(video), 4, 16
+        assert frames.shape == (9, top + 32, 48 + gap + 48, 3)
         for left, one in ((0, base), (48 + gap, strong)):
-            inside = frames[:, 34:62, left + 2 : left + 46].astype(int)
+            inside = frames[:, top + 2 : top + 30, left + 2 : left + 46].astype(int)
             assert np.abs(inside - read_mp4(one)[:, 2:30, 2:46]).mean() < 4
-            assert frames[0, :32, left : left + 48].max() > 150, "the strength is written above it"
+            assert frames[0, :top, left : left + 48].max() > 150, "the strength is written above it"
         told = json.loads(video.with_suffix(".json").read_text())
         assert [entry["label"] for entry in told["compare"]] == ["base", "LoRA 1"]
         assert [entry["name"] for entry in told["compare"]] == [base.stem, strong.stem]
+        assert (told["frames"], told["height"], told["width"]) == frames.shape[:3]
         assert {recipe_of(one)["group"] for one in (base, strong)} == {told["group"]}
     assert len({recipe_of(one)["group"] for one in videos}) == 3
+
+
+@pytest.mark.parametrize("text", ["base", "LoRA 1", "LoRA 0.5", "LoRA -0.25", "LoRA 0.333333"])
+@pytest.mark.parametrize("width", [48, 64, 96, 480, 720, 1360])
+def test_no_strength_is_cut_and_above_large_videos_it_is_larger(text, width):
+    """In the margins there is no ink; between them as much as in a strip of any width."""
+    height = strip_height(width)
+    pixels = strip(text, height, width)
+    ink = pixels[..., 0] > 60
+    assert pixels.shape == (height, width, 3)
+    assert ink.any()
+    assert not ink[:, [0, -1]].any()
+    assert not ink[[0, 1, -2, -1]].any()
+    columns = np.flatnonzero(ink.any(axis=0))
+    rows = np.flatnonzero(ink.any(axis=1))
+    assert columns[-1] - columns[0] >= 12, "all of it"
+    assert rows[-1] - rows[0] >= max(4, width // 60), "to be read when the whole is as wide as a page"
 
 
 def test_what_is_there_is_not_made_again_and_nothing_is_loaded(three, monkeypatch):
@@ -83,6 +103,21 @@ def test_what_is_there_is_not_made_again_and_nothing_is_loaded(three, monkeypatc
     assert [one.path for one in again] == videos
     assert not any(one.made for one in again)
     assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir()} == before
+
+
+def test_the_page_is_written_after_each_video_that_is_made_and_at_the_end(three, tmp_path, monkeypatch):
+    told, folder, videos = three
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    counts: list[int] = []
+    monkeypatch.setattr(gallery, "write_gallery", lambda folder: counts.append(len(list(folder.glob("*.mp4")))))
+    words = [word for name, value in told.items() for word in (f"--{name}", str(value))]
+    words += ["--num_inference_steps", "2", "--output_dir", str(copy)]
+    assert main(words) == 0
+    assert counts == [9], "nothing is made"
+    for lost in (videos[0], videos[6]):
+        (copy / lost.name).unlink()
+    assert main(words) == 0
+    assert counts == [9, 8, 9, 9]
 
 
 @pytest.mark.parametrize("torn", [".mp4", ".json"])
@@ -131,7 +166,7 @@ def test_a_recipe_makes_the_same_frames_again(three, tmp_path, capsys):
     _, _, videos = three
     words = ["--recipe", str(videos[3].with_suffix(".json")), "--output_dir", str(tmp_path)]
     assert main(words) == 0
-    assert capsys.readouterr().out.endswith("frames    are those of the recipe, to the last bit\n")
+    assert "\nframes    are those of the recipe, to the last bit\n" in capsys.readouterr().out
     (video,) = tmp_path.glob("*.mp4")
     assert video.name == videos[3].name
     assert recipe_of(video) == recipe_of(videos[3])

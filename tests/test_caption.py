@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import datetime
 import errno
 import gc
 import json
@@ -18,6 +19,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -165,7 +168,7 @@ def test_each_text_tells_its_source(videos, captioner, rewriter):
     assert [row["video"] for row in rows] == ["0.mp4", "1.mp4", "2.mp4"]
     assert [row["caption_source"] for row in rows] == ["rewrite", "manifest", "rewrite"]
     assert all(list(row) == COLUMNS for row in rows)
-    assert rows[1] == dataclasses.asdict(Row("1.mp4", "mine"))
+    assert rows[1] == Row("1.mp4", "mine").cells
     for row in (rows[0], rows[2]):
         assert (row["caption_model"], row["rewrite_model"]) == (str(captioner), str(rewriter))
         assert row["caption_revision"] is None, "of a folder"
@@ -398,6 +401,129 @@ def test_text_files_and_tables_without_captions_are_taken(videos, talker, captio
     told = captions_of(tmp_path / "b.jsonl")
     assert told["videos/2.mp4"] == "mine"
     assert told["videos/1.mp4"].startswith("frames ")
+
+
+# --- what else the manifest holds
+
+
+def clips_table(path: Path, rows: list[dict]) -> Path:
+    """A manifest of the rows, without captions."""
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def caption_table(table, output, captioner, *flags) -> list[dict]:
+    words = ["--dataset_name", str(table), "--output", str(output), "--caption_model", str(captioner)]
+    assert main([*words, *map(str, flags)]) == 0
+    return rows_of(output)
+
+
+OWN = [{"scene": 'a "quoted", ü', "quality": 0.5, "end": None}, {"scene": "two\nlines", "quality": 2.0, "end": 0.5}]
+
+
+@pytest.mark.parametrize("output", [".jsonl", ".csv", ".tsv"])
+@pytest.mark.parametrize("table", [".csv", ".jsonl", ".parquet"])
+def test_the_columns_of_the_manifest_are_in_the_one_that_is_written(videos, talker, captioner, table, output):
+    rows = [{"video": f"{number}.mp4", **own} for number, own in enumerate(OWN)]
+    clips_table(videos / f"table{table}", rows)
+    told = caption_table(videos / f"table{table}", videos / f"out{output}", captioner)
+    assert [list(row) for row in told] == [[*COLUMNS, "scene", "quality"]] * 2
+    assert [row["scene"] for row in told] == [own["scene"] for own in OWN]
+    assert [float(row["quality"]) for row in told] == [0.5, 2.0]
+    if output == ".jsonl" and table != ".csv":
+        assert [row["quality"] for row in told] == [0.5, 2.0], "as a number"
+    assert [row["end_s"] for row in told] in ([None, 0.5], ["", "0.5"]), "`end` is taken, and has its column"
+    assert all(row["caption"].startswith("frames ") for row in told)
+
+
+def test_what_only_json_can_hold_is_carried_as_json_or_as_its_text(videos, talker, captioner):
+    day = datetime.datetime(2024, 5, 6, 7, 8)
+    row = {"video": "0.mp4", "tags": ["a", "b"], "box": {"x": 1}, "day": day, "rate": float("nan"), "kept": True}
+    clips_table(videos / "table.parquet", [row])
+    (told,) = caption_table(videos / "table.parquet", videos / "out.jsonl", captioner)
+    own = {name: value for name, value in told.items() if name not in COLUMNS}
+    assert own == {"tags": ["a", "b"], "box": {"x": 1}, "day": "2024-05-06 07:08:00", "rate": None, "kept": True}
+    (flat,) = caption_table(videos / "table.parquet", videos / "out.csv", captioner)
+    assert (json.loads(flat["tags"]), json.loads(flat["box"])) == (["a", "b"], {"x": 1})
+    assert (flat["day"], flat["rate"], flat["kept"]) == ("2024-05-06 07:08:00", "", "True")
+
+
+def test_rows_keep_their_own_columns_through_every_way_that_a_caption_takes(videos, talker, captioner, rewriter):
+    """By a model, rewritten, made anew, gone on from, and of a clip that the manifest names no more."""
+    table = clips_table(videos / "table.jsonl", [{"video": f"{n}.mp4", f"only_{n}": n} for n in range(3)])
+    out = videos / "out.csv"
+    for flags in ([], ["--rewrite_model", rewriter], ["--rewrite_model", rewriter, "--overwrite"], []):
+        told = caption_table(table, out, captioner, *flags)
+        assert [[row[f"only_{n}"] for n in range(3)] for row in told] == [["0", "", ""], ["", "1", ""], ["", "", "2"]]
+    clips_table(table, [{"video": "0.mp4", "only_0": 0}])
+    before = captions_of(out)
+    told = caption_table(table, out, captioner)
+    assert captions_of(out) == before
+    assert [[row[f"only_{n}"] for n in range(3)] for row in told] == [["0", "", ""], ["", "1", ""], ["", "", "2"]]
+
+
+def test_what_was_written_into_output_by_hand_stays_and_what_is_new_in_the_manifest_comes(videos, talker, captioner):
+    table = clips_table(videos / "table.jsonl", [{"video": "0.mp4", "scene": "hall", "note": None}])
+    (row,) = caption_table(table, videos / "out.jsonl", captioner)
+    mine = {**row, "scene": "garden", "note": "by hand", "mine": [1, 2]}
+    (videos / "out.jsonl").write_text(json.dumps(mine) + "\n", encoding="utf-8")
+    clips_table(table, [{"video": "0.mp4", "scene": "hall", "note": None, "more": "x"}])
+    (told,) = caption_table(table, videos / "out.jsonl", captioner)
+    own = {name: value for name, value in told.items() if name not in COLUMNS}
+    assert own == {"scene": "garden", "note": "by hand", "more": "x", "mine": [1, 2]}
+
+
+def test_columns_that_output_has_for_its_own_are_asked_to_be_renamed(videos, talker, captioner):
+    table = clips_table(videos / "table.jsonl", [{"video": "0.mp4", "raw_caption": "mine"}])
+    with pytest.raises(ManifestError, match=r"table.jsonl:1: has a column 'raw_caption', which OUTPUT has .*rename it"):
+        caption_table(table, videos / "out.jsonl", captioner)
+    clips_table(table, [{"video": "0.mp4", "text": "", "caption": "mine"}])
+    with pytest.raises(ManifestError, match=r"table.jsonl:1: has a column 'caption'"):
+        caption_table(table, videos / "out.jsonl", captioner, "--caption_column", "text")
+    assert talker.heard == []
+
+
+def test_a_manifest_of_this_command_is_captioned_into_another_one(videos, talker, captioner):
+    table = clips_table(videos / "table.jsonl", [{"video": "0.mp4", "scene": "hall"}])
+    caption_table(table, videos / "one.jsonl", captioner)
+    (told,) = caption_table(videos / "one.jsonl", videos / "two.jsonl", captioner)
+    assert (told["caption_source"], told["caption_model"], told["scene"]) == ("manifest", None, "hall")
+
+
+def test_two_columns_of_one_name_are_refused_and_those_without_a_name_left_out(videos, talker, captioner):
+    (videos / "table.csv").write_text("video,tag,tag\n0.mp4,a,b\n")
+    with pytest.raises(ManifestError, match=r"table.csv: has more than one column 'tag'; rename"):
+        caption_table(videos / "table.csv", videos / "out.csv", captioner)
+    (videos / "table.csv").write_text("video,tag,,\n0.mp4,a,,\n")
+    (told,) = caption_table(videos / "table.csv", videos / "out.csv", captioner)
+    assert list(told) == [*COLUMNS, "tag"]
+
+
+def test_what_no_text_can_hold_is_told_before_a_model_is_loaded(videos, talker, captioner, capsys):
+    (videos / "half.jsonl").write_text('{"video": "0.mp4", "scene": ["\\ud83d"]}\n')
+    with pytest.raises(ManifestError, match=r"half.jsonl:1: the column 'scene' is not text that UTF-8 can hold"):
+        caption_table(videos / "half.jsonl", videos / "out.jsonl", captioner)
+    assert talker.heard == []
+    rows = [{"video": "0.mp4", "thumbnail": b"\xff\xd8", "views": [{"bytes": b"\xff", "path": "a"}], "scene": "hall"}]
+    (told,) = caption_table(clips_table(videos / "t.parquet", rows), videos / "out.jsonl", captioner)
+    assert list(told) == [*COLUMNS, "scene"]
+    assert "t.parquet: the columns 'thumbnail', 'views' hold bytes" in capsys.readouterr().err
+
+
+def test_a_hub_data_set_keeps_its_columns(videos, talker, captioner, tmp_path):
+    (tmp_path / "clone" / "data").mkdir(parents=True)
+    clips_table(tmp_path / "clone" / "data" / "train.jsonl", [{"video": "0.mp4", "scene": "hall", "tags": ["a"]}])
+    flags = ("--instance_data_root", videos, "--cache_dir", tmp_path / "cache")
+    (told,) = caption_table(tmp_path / "clone", videos / "out.jsonl", captioner, *flags)
+    assert (told["scene"], told["tags"]) == ("hall", ["a"])
 
 
 # --- what is there is not made again, nor lost

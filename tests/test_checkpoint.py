@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields
 
 import pytest
 from safetensors import safe_open
@@ -13,7 +14,8 @@ from shared.lora import read_metadata
 from shared.storage import FileLock
 from tests.training import facts_of, lora_of, only_line, rows_of, train_here
 from train import loop
-from train.checkpoint import list_checkpoints, read_state, rotate_checkpoints
+from train.checkpoint import FIXED, list_checkpoints, read_state, rotate_checkpoints
+from train.config import TrainConfig
 
 FILES = ("pytorch_lora_weights.safetensors", "optimizer.safetensors", "state.json")
 
@@ -169,6 +171,8 @@ def test_only_earlier_checkpoints_are_offered(run):
 def test_a_checkpoint_that_is_not_there_is_refused(cache, run):
     with pytest.raises(CheckpointError, match=r"checkpoint-99.*resume from .*checkpoint-6"):
         resume(cache, run, run / "checkpoint-99")
+    with pytest.raises(CheckpointError, match=rf"^{run}/checkpoint-99: torn .*resume from {run}/checkpoint-6"):
+        resume(cache, run, "checkpoint-99")
 
 
 def test_another_format_is_refused(run):
@@ -242,6 +246,60 @@ def test_another_version_of_the_data_set_is_refused(cache_copy, run):
 def test_another_base_model_is_refused(cache, run, tiny_5b):
     with pytest.raises(CheckpointError, match=f"base_model was .* and is now '{tiny_5b}'"):
         resume(cache, run, pretrained_model_name_or_path=tiny_5b)
+
+
+def test_another_commit_of_the_base_model_is_refused(cache, tiny_2b, tmp_path, monkeypatch):
+    """A branch of the hub that has moved on: other weights under the same name."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    commits = ["c0ffee" * 6 + "c0ff", "decaf0" * 6 + "deca"]
+    for commit in commits:
+        shutil.copytree(tiny_2b, tmp_path / "models--org--tiny" / "snapshots" / commit)
+    (tmp_path / "models--org--tiny" / "refs").mkdir()
+    branch = tmp_path / "models--org--tiny" / "refs" / "main"
+    branch.write_text(commits[0])
+    flags = {
+        "pretrained_model_name_or_path": "org/tiny",
+        "cache_dir": tmp_path,
+        "max_train_steps": 2,
+        "checkpointing_steps": 1,
+    }
+    assert train_here(cache, tmp_path / "run", **flags) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    branch.write_text(commits[1])
+    with pytest.raises(CheckpointError, match=f"base_revision was '{commits[0]}' and is now '{commits[1]}'"):
+        train_here(cache, tmp_path / "run", **flags, resume_from_checkpoint="latest")
+    assert train_here(cache, tmp_path / "run", **flags, revision=commits[0], resume_from_checkpoint="latest") == 0
+
+
+# Flags that change no number of a run, but for roundings on some devices: how it reads, writes, looks, uses memory.
+FREE = {
+    "cache", "output_dir", "cache_dir", "gradient_checkpointing", "allow_dtype", "stream_blocks", "offload_activations",
+    "ff_chunks", "compile", "optimizer_offload", "dataloader_num_workers", "prefetch", "local_cache",
+    "local_cache_size", "nccl_timeout", "bad_samples", "max_bad_steps", "holdout_steps", "log_steps",
+    "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to", "tracker_name",
+    "logging_dir", "push_to_hub", "hub_model_id", "hub_token", "hub_license", "validation_prompt",
+    "validation_prompts", "validation_prompt_separator", "validation_images", "num_validation_videos",
+    "validation_epochs", "validation_steps", "validate_first", "validation_inference_steps", "validation_timeout",
+    "guidance_scale", "use_dynamic_cfg",
+}  # fmt: skip
+# What is compared as it comes out, by the flags that it comes of.
+COMPARED = {
+    "base_model": {"pretrained_model_name_or_path"}, "base_revision": {"revision"}, "base_variant": {"variant"},
+    "dtype": {"mixed_precision"}, "held_out": {"holdout", "holdout_dataset"}, "dataset": {"dataset"},
+    "max_train_steps": {"max_train_steps", "num_train_epochs"}, "init_lora": {"init_lora"},
+    "global_batch": {"train_batch_size", "gradient_accumulation_steps"}, "target_modules": {"target_modules"},
+    "dataset_digest": set(), "random_flip": set(),
+}  # fmt: skip
+
+
+def test_every_flag_is_compared_or_changes_no_number(finished):
+    position = set(json.loads((finished / "checkpoint-6" / "state.json").read_text())["position"])
+    assert position == {*FIXED, *COMPARED}
+    flags = {field.name for field in fields(TrainConfig)}
+    assert flags == {*FIXED, *FREE}.union(*COMPARED.values())
+    assert not set(FIXED) & FREE
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -393,14 +393,16 @@ def test_validation_images_are_refused_for_text_to_video(caches, picture, tmp_pa
         train_here(caches["5b"], tmp_path / "run", max_train_steps=1, validation_images=picture)
 
 
-def test_dropped_positions_are_recorded_and_obeyed(models, manifest, picture, tmp_path):
-    """At another size and count than the table's, on both sides without it."""
+def test_dropped_positions_are_recorded_and_obeyed(models, manifest, picture, tmp_path, monkeypatch, capsys):
+    """At another size and count than the table's, on both sides without it; rehearsed, as on a GPU."""
+    monkeypatch.setattr("train.loop.is_needed", lambda device: True)
     shape, model = (13, 96, 64), models["5b-i2v"]
     cache = encode("5b-i2v", model, manifest, tmp_path / "cache", shape)
     with pytest.raises(CacheError, match=r"size 13x96x64: .* learned positions for 9x64x96 only; use 9x64x96, or"):
         train_here(cache, tmp_path / "run", max_train_steps=1)
     dropped: dict[str, Any] = {"max_train_steps": 1, "drop_learned_positions": True, "image_factor": "one"}
     assert train_here(cache, tmp_path / "run", **dropped) == 0
+    assert "memory    13x96x64: " in capsys.readouterr().out
     _, facts = read_metadata(tmp_path / "run" / FILE_NAME)
     assert facts is not None
     assert facts.drop_learned_positions
@@ -522,6 +524,8 @@ def test_learned_positions_that_are_not_there_cannot_be_dropped(models, caches, 
         preprocess(tmp_path / "cache", models["2b"], manifest, "--drop_learned_positions")
     with pytest.raises(ConfigError, match=r"--image_factor one: .* without images"):
         train_here(caches["5b"], tmp_path / "run", max_train_steps=1, image_factor="one")
+    with pytest.raises(ConfigError, match=r"--noised_image_dropout 0\.3: .* without images"):
+        train_here(caches["5b"], tmp_path / "run", max_train_steps=1, noised_image_dropout=0.3)
 
 
 def test_a_clip_that_does_not_fill_the_learned_count_is_rejected(models, tmp_path):

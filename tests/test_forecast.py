@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 
 from preprocess.__main__ import main
-from shared.errors import UserError
+from shared.errors import ConfigError, UserError
 from tests import tiny_model
 from tests.test_preprocess import SIZE, preprocess
 
@@ -46,6 +47,24 @@ def test_a_plan_tells_what_the_run_does_and_writes_nothing(tiny_2b, clips, tmp_p
 def test_a_plan_of_nothing_but_rejected_clips_is_the_runs_refusal(tiny_2b, clips, tmp_path, capsys):
     with pytest.raises(UserError, match="all 7 clips were rejected"):
         plan(tmp_path / "cache", tiny_2b, clips, "--min_num_frames", "13", "--max_num_frames", "13", capsys=capsys)
+
+
+def test_a_worker_without_a_clip_has_a_plan_too(tiny_2b, clips, tmp_path, capsys):
+    (tmp_path / "m.jsonl").write_text(json.dumps({"video": "0.mp4", "caption": "a square"}))
+    root = ("--instance_data_root", clips, "--num_workers", 2, "--worker_index")
+    told = [plan(tmp_path / "cache", tiny_2b, tmp_path / "m.jsonl", *root, index, capsys=capsys) for index in (0, 1)]
+    assert sorted(lines[0] for lines in told) == ["clips     0 of 0", "clips     1 of 1"]
+    (without,) = (index for index in (0, 1) if told[index][0] == "clips     0 of 0")
+    assert f"missing   0 clips to read, {1 - without} of {1 - without} prompts" in told[without]
+    message = f"--check_tiling: no clip is of --worker_index {without} of 2; leave "
+    words = ("--cache", tmp_path / "cache", "--pretrained_model_name_or_path", tiny_2b, "--check_tiling")
+    with pytest.raises(UserError, match=message):
+        main([str(word) for word in (*words, "--dataset_name", tmp_path / "m.jsonl", *SIZE, *root, without)])
+
+
+def test_two_looks_at_a_time_are_refused(tiny_2b, clips, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="--plan with --check_tiling: each is a look of its own; give one of them"):
+        plan(tmp_path / "cache", tiny_2b, clips, "--check_tiling", capsys=capsys)
 
 
 def test_the_bytes_of_a_plan_are_those_of_the_arrays(clips, tmp_path, capsys):

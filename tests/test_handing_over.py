@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from shared.errors import ConfigError, LoraError, ModelError
 from shared.lora import TARGET_MODULES, LoraFacts, add_lora, save_lora, trainable
 from shared.models import load_transformer
-from tests.test_lora_inference import checkpoint_at, predict
+from tests.test_lora_inference import checkpoint_at, predict, random_lora
 from train.export import main
+from train.objective import rotary_embedding
 
 TARGETS = (*TARGET_MODULES, "ff.net.0.proj", "ff.net.2", "norm1.linear", "time_embedding.linear_1", "proj_out")
 RANK, ALPHA = 4, 1.0
@@ -184,6 +185,34 @@ def test_merged_weights_keep_their_dtype_and_are_rounded_once(plain, tiny_2b, tm
     up, down = (lora[f"transformer.proj_out.lora_{side}.weight"] for side in "BA")
     wanted = (stored["proj_out.weight"].float() + ALPHA / RANK * up @ down).bfloat16()
     assert torch.equal(fused["proj_out.weight"], wanted)
+
+
+def test_merged_without_learned_positions_where_it_was_trained_without_them(tmp_path, capsys):
+    """A reader that kept them would add what training never saw, or refuse every size but one."""
+    from tests import tiny_model
+
+    model = tiny_model.build(tmp_path / "model", "5b-i2v", native=(9, 64, 96))
+    trained, path = random_lora(model, tmp_path / "run", image_factor="one", drop_learned_positions=True)
+    trained.patch_embed.use_learned_positional_embeddings = False
+    fused = CogVideoXTransformer3DModel.from_pretrained(export(path.parent, tmp_path, "fused"))
+    facts = checkpoint_at(model).facts
+    for frames, height, width in ((3, 8, 12), (2, 12, 8)):  # what the table is for, and another size and count
+        generator = torch.Generator().manual_seed(1)
+        given = {
+            "hidden_states": torch.randn(1, frames, 32, height, width, generator=generator),
+            "encoder_hidden_states": torch.randn(1, 226, 32, generator=generator),
+            "timestep": torch.tensor([500]),
+            "image_rotary_emb": rotary_embedding(facts, frames, height, width, torch.device("cpu")),
+        }
+        with torch.no_grad():
+            close(fused(**given).sample, trained(**given).sample)
+    told = capsys.readouterr().err
+    assert told.count("warning") == 1
+    assert f"{tmp_path / 'fused'}: its reader must multiply first frames as --image_factor one does" in told
+    export(path.parent, tmp_path, "peft")
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'peft'}: its reader must leave out the learned positions" in told
+    assert "--image_factor one" in told
 
 
 def test_a_checkpoint_of_another_size_is_refused_and_nothing_is_left(plain, tmp_path, tiny_2b):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared.cache import Cache
+from shared.cache import KEY_BYTES, Cache
 from shared.dataset import open_dataset
 from shared.errors import CheckpointError, ConfigError
 from shared.models import load_transformer, open_checkpoint
+from tests.conftest import moving_square, write_video
 from tests.training import column, facts_of, lora_of, rows_of, train_here
 from train.data import Samples
-from train.holdout import DRAWS, QUARTILES, HeldOut, split_sources
+from train.holdout import DRAWS, QUARTILES, HeldOut, are_among, split_sources
 from train.objective import Batch, alphas_cumprod, batch_loss
 from train.reading import LatentDataset, collate
 
@@ -130,10 +132,34 @@ def test_a_resumed_run_repeats_the_looks_and_keeps_those_before(cache, held_run,
         train_here(cache, run, **{**flags, "holdout": 0.5}, resume_from_checkpoint="latest")
 
 
-def test_a_data_set_of_its_own_may_be_held_out(cache, tmp_path):
-    train_here(cache, tmp_path / "run", max_train_steps=2, holdout_dataset="squares")
-    assert looks(tmp_path / "run")[0]["samples"] == 7
+def test_a_data_set_of_its_own_may_be_held_out_and_none_that_is_trained_on(cache_copy, tiny_2b, tmp_path):
+    from preprocess.__main__ import main
+
+    words = ["--cache", cache_copy, "--pretrained_model_name_or_path", tiny_2b, "--height", 64, "--width", 96]
+    (tmp_path / "clips").mkdir()
+    for number in (70, 71):
+        write_video(tmp_path / "clips" / f"{number}.mp4", moving_square(number))
+        (tmp_path / "clips" / f"{number}.txt").write_text("another square")
+    words += ["--max_num_frames", 9, "--dataset", "others", "--dataset_name", tmp_path / "clips"]
+    assert main([str(word) for word in words]) == 0
+    train_here(cache_copy, tmp_path / "run", max_train_steps=2, holdout_dataset="others")
+    assert looks(tmp_path / "run")[0]["samples"] == 2
     assert len(column(tmp_path / "run", "loss")) == 2
+    message = (
+        r"--holdout_dataset squares: 7 of its 7 samples are of clips that --dataset squares trains on, the first 0\."
+    )
+    with pytest.raises(ConfigError, match=message):
+        train_here(cache_copy, tmp_path / "no", max_train_steps=2, holdout_dataset="squares")
+
+
+def test_keys_are_found_as_in_a_set():
+    """Also those that end in zeros, as numpy's texts do not."""
+    rng = np.random.default_rng(0)
+    for count in (0, 1, 200):
+        keys, others = (rng.integers(0, 2, (size, KEY_BYTES), np.uint8) * 255 for size in (count, 50))
+        keys[:, 6:] = others[:, 6:] = 0
+        known = {bytes(key) for key in others}
+        assert are_among(keys, others).tolist() == [bytes(key) in known for key in keys]
 
 
 def test_a_held_out_sample_has_no_dropped_caption_and_no_mirror(cache, tiny_2b):

@@ -9,15 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from diffusers import CogVideoXTransformer3DModel
 
-from shared.config import to_dict
+from shared.config import parse_config, to_dict
 from shared.errors import ConfigError
 from shared.lora import FILE_NAME, read_metadata
+from tests import tiny_model
 from tests.conftest import run_command
 from tests.hub import OWNER, TOKEN, serve_hub
 from tests.runs import write_validation
 from tests.test_handing_over import train_lora
+from tests.test_lora_inference import random_lora
 from tests.training import train_here, train_on_ranks
 from train.card import write_card
 from train.config import TrainConfig
@@ -156,6 +160,58 @@ def test_the_example_of_an_image_to_video_card_starts_from_a_picture(
     assert (len(frames), *frames[0].shape[:2]) == (9, 96, 64)
 
 
+def run_example(card, model, lora, picture, folder, monkeypatch):
+    """Run the example of a card as it stands, with two steps; what the transformer was given first."""
+    (folder / model.name).symlink_to(model)
+    (folder / "me").mkdir()
+    (folder / "me/squares").symlink_to(lora)
+    (folder / "start.png").symlink_to(picture)
+    monkeypatch.chdir(folder)
+    seen: list[torch.Tensor] = []
+    forward = CogVideoXTransformer3DModel.forward
+
+    def watched(self, *words, **given):
+        seen.append(given["hidden_states"])
+        return forward(self, *words, **given)
+
+    monkeypatch.setattr(CogVideoXTransformer3DModel, "forward", watched)
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(compile(example.replace("num_inference_steps=50", "num_inference_steps=2"), "README.md", "exec"), {})
+    return seen[0]
+
+
+@pytest.mark.parametrize(("factor", "gain"), [("scale", 0.7 * 0.7), ("one", 0.7)])
+def test_the_example_multiplies_first_frames_as_training_did(
+    image_model, pictures, tmp_path, monkeypatch, factor, gain
+):
+    """Of 1.5 diffusers' pipeline divides by the scaling factor, 0.7."""
+    given = {}
+    for name in ("pipeline", factor):
+        folder = tmp_path / name
+        _, path = random_lora(image_model, folder / "made", image_factor=name)
+        card = write_card(path.parent, "me/squares", "mit").read_text()
+        assert f"--image\\_factor {name}" in card
+        given[name] = run_example(card, image_model, path.parent, pictures / "start.png", folder, monkeypatch)
+    plain, ours = given["pipeline"], given[factor]
+    assert torch.equal(ours[:, :, :16], plain[:, :, :16])
+    assert plain[:, 0, 16:].std() > 0.1
+    torch.testing.assert_close(ours[:, :, 16:], gain * plain[:, :, 16:])
+
+
+def test_the_example_leaves_out_learned_positions_that_training_left_out(pictures, tmp_path, monkeypatch):
+    """At a size at which diffusers refuses a checkpoint that has them."""
+    model = tiny_model.build(tmp_path / "model", "5b-i2v", native=(9, 64, 96))
+    _, path = random_lora(model, tmp_path / "made", image_factor="pipeline", drop_learned_positions=True)
+    card = write_card(path.parent, "me/squares", "mit").read_text()
+    assert "| learned positions | left out" in card
+    (tmp_path / "here").mkdir()
+    given = run_example(card, model, path.parent, pictures / "start.png", tmp_path / "here", monkeypatch)
+    assert given.shape[-2:] == (4, 6)
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    with pytest.raises(ValueError, match="different resolution"):
+        exec(compile(example.replace("use_learned_positional_embeddings = False", "x = 0"), "README.md", "exec"), {})
+
+
 def test_a_card_that_was_edited_is_pushed_as_it_is(hub, finished):
     (finished / "README.md").write_text("mine")
     done = push(hub, str(finished), "--hub_model_id", "team/other", "--hub_token", TOKEN, HF_TOKEN="hf_wrong")
@@ -222,6 +278,16 @@ def test_a_run_whose_push_fails_succeeds_and_says_how_to_try_again(hub, cache, t
     assert ": 7 clips |" in card
 
 
+def test_a_run_whose_card_cannot_be_written_succeeds_too(cache, tmp_path, capsys):
+    (tmp_path / "README.md").mkdir()
+    flags = {"push_to_hub": True, "hub_model_id": "me/mine", "hub_token": TOKEN}
+    assert train_here(cache, tmp_path, max_train_steps=1, **flags) == 0
+    said = capsys.readouterr().err
+    assert "README.md" in said
+    assert f"push it with: python -m train.push {tmp_path} --hub_model_id me/mine" in said
+    assert (tmp_path / FILE_NAME).is_file()
+
+
 @pytest.mark.slow
 def test_of_several_processes_one_pushes(hub, cache, tmp_path, monkeypatch):
     for name, value in hub.environment.items():
@@ -249,6 +315,23 @@ def test_a_typo_beside_a_token_does_not_tell_it(typo):
     done = run_command("-m", "train", "--push_to_hub", "--hub_token", TOKEN, *typo)
     assert done.returncode == 2
     assert TOKEN not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("words", [["--hub_tokn", TOKEN], [f"--hub-tokne={TOKEN}"], ["--token", TOKEN, "--rank", "4"]])
+def test_a_typo_in_the_name_of_the_token_s_flag_does_not_tell_it(words, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(TrainConfig, ["--push_to_hub", *words], "python -m train")
+    said = capsys.readouterr().err
+    assert TOKEN not in said
+    assert words[0].partition("=")[0] in said
+    assert "did you mean --hub_token?" in said
+
+
+def test_a_token_that_is_no_text_in_a_file_is_not_told(tmp_path):
+    (tmp_path / "train.toml").write_text(f'hub_token = ["{TOKEN}"]\n')
+    with pytest.raises(ConfigError, match=r"hub_token = .*must be a string") as told:
+        parse_config(TrainConfig, ["--config", str(tmp_path / "train.toml")], "python -m train")
+    assert TOKEN not in str(told.value)
 
 
 def test_what_cannot_be_pushed_is_told_before_anything_is_loaded(tmp_path, monkeypatch):

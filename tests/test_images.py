@@ -244,6 +244,32 @@ def test_an_image_that_is_not_finite_rejects_its_clip(models, manifest, tmp_path
     assert not (tmp_path / "cache" / "images").exists()
 
 
+def test_an_image_that_is_not_finite_rejects_every_clip_that_begins_with_it(models, tmp_path, monkeypatch):
+    """Two clips of one beginning: neither may be given another clip's image, in this run or when it is run again."""
+    from preprocess.encode import VideoEncoder
+    from tests.conftest import write_video
+
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    write_video(folder / "dark.mp4", np.full((9, 64, 96, 3), 10, np.uint8))
+    write_video(folder / "light.mp4", np.full((17, 64, 96, 3), 250, np.uint8))
+    rows: list[dict[str, object]] = [{"video": "dark.mp4", "caption": "dark"}]
+    rows += [{"video": "light.mp4", "caption": f"to {end}", "start": 0, "end": end} for end in (2.125, 1.125)]
+    (folder / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    encode = VideoEncoder.encode_images
+
+    def broken(encoder, pixels):
+        encoded = encode(encoder, pixels)
+        return np.full_like(encoded, np.nan) if float(pixels.mean()) > 0 else encoded
+
+    monkeypatch.setattr(VideoEncoder, "encode_images", broken)
+    size = ["--height", "64", "--width", "96", "--max_num_frames", "17"]
+    for _ in range(2):  # the second time their moments are there
+        opened = preprocess(tmp_path / "cache", models["5b-i2v"], folder / "m.jsonl", *DROPPED, size=size)
+        assert [row["source"] for row in opened.rows] == ["dark.mp4"]
+        assert [row["reason"] for row in opened.rejected] == ["non_finite"] * 2
+
+
 def test_a_random_flip_is_refused_for_image_to_video(models, manifest, tmp_path):
     with pytest.raises(
         ConfigError, match=r"--random_flip 0.5: the checkpoint is CogVideoX 1.0 image-to-video"

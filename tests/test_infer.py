@@ -435,11 +435,12 @@ def test_the_command_makes_videos_from_a_toml_file_and_flags(lora, tmp_path):
         *("--no_id_token", "--output-dir", str(tmp_path / "videos")),
     )
     assert done.returncode == 0, done.stderr
-    *head, line = [told for told in done.stdout.splitlines() if not told.startswith("gallery")]
+    *head, line, gallery = done.stdout.splitlines()
     (video,) = (tmp_path / "videos").glob("*.mp4")
     assert [told.split()[0] for told in head] == ["base", "LoRA", "videos"]
     assert re.fullmatch(r"LoRA      .*, step 7, rank 4, weight 1", head[1])
     assert head[2] == f"videos    1 of 9x32x48, into {tmp_path / 'videos'}"
+    assert gallery == f"gallery   {tmp_path / 'videos' / 'index.html'}; open it in a browser"
     assert re.fullmatch(re.escape(str(video)) + r"  \d+\.\d s  " + PROMPT, line)
     assert done.stderr == ""
     recipe = recipe_of(video)

@@ -269,12 +269,13 @@ def test_two_tables_in_one_folder_are_both_named(root):
         ({"video": "https://example.com/a.mp4?X-Amz-Signature=5"}, r"credentials and queries are refused"),
         ({"start": 2, "end": 2}, r"end = 2.0; must be greater than start = 2.0"),
         ({"end": 0}, r"end = 0.0; must be greater than start = 0"),
-        ({"start": -1}, r"start = -1; must be a number of at least 0"),
+        ({"start": -1}, r"start = -1; must be a number from 0 to 1e\+09"),
         ({"start_s": "soon"}, r"start_s = 'soon'; must be a number"),
         ({"weight": math.nan}, r"weight = nan; must be a number"),
         ({"weight": math.inf}, r"weight = inf; must be a number"),
         ({"weight": 10**400}, r"weight = 1000*; must be a number"),
         ({"weight": -0.1}, r"weight = -0.1; must be a number"),
+        ({"weight": 1e39}, r"weight = 1e\+39; must be a number from 0 to 1e\+09"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named_with_its_value(root, row, message):

@@ -123,6 +123,15 @@ def test_adam_in_8_bits_stays_close_to_adam(cache, tmp_path):
         ({"compile": True, "offload_activations": True}, "--compile: does not go with --offload_activations"),
         ({"compile": True, "ff_chunks": 2}, "--compile: does not go with --ff_chunks"),
         ({"compile": True, "base_precision": "nf4"}, "--compile: does not go with --base_precision nf4"),
+        ({"compile": True, "lora_dropout": 0.1}, "--compile: does not go with --lora_dropout"),
+        ({"compile": True, "use_dora": True}, "--compile: does not go with --use_dora"),
+        *(
+            (
+                {"ff_chunks": 2, "lora_dropout": 0.1, "target_modules": f"to_q,{name}"},
+                r"on ff\.net\.\S+, which would drop",
+            )
+            for name in ("net.2", "proj", "ff.net.0.proj")
+        ),
         ({"base_precision": "fp8"}, "--base_precision fp8: needs a GPU of capability 8.9 or newer, here is no GPU"),
     ],
 )
@@ -166,6 +175,13 @@ def test_compiled_blocks_agree_with_eager_ones(cache, tmp_path, precision):
     assert column(tmp_path / "compiled", "grad_norm") == pytest.approx(
         column(tmp_path / "eager", "grad_norm"), rel=1e-2
     )
+
+
+def test_dropout_of_the_attention_s_lora_is_the_same_in_chunks(cache, tmp_path):
+    for name, flags in (("plain", {}), ("chunks", {"ff_chunks": 3})):
+        train_here(cache, tmp_path / name, max_train_steps=3, lora_dropout=0.5, target_modules="to_q,to_v", **flags)
+    for name in ("loss", "grad_norm"):
+        assert column(tmp_path / "chunks", name) == pytest.approx(column(tmp_path / "plain", name), rel=1e-4), name
 
 
 WIDE = "to_q,to_k,to_v,to_out.0,ff.net.0.proj,ff.net.2,norm1.linear"

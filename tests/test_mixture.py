@@ -16,6 +16,7 @@ from shared.errors import CheckpointError, ConfigError
 from tests.training import column, facts_of, lora_of, rows_of, train_here
 from train.config import TrainConfig
 from train.mixture import Mixture
+from train.plan import main as plan
 from train.samples import DrawSettings, Samples
 
 PLAIN = DrawSettings(seed=0, global_batch=4, stratified=True, random_flip=0.0, caption_dropout=0.0)
@@ -71,6 +72,14 @@ def test_numbers_run_through_the_data_sets(mixed):
         assert request.latent_key == parts[part].request(own, 3, 1, 1.0, PLAIN).latent_key
 
 
+def test_the_plan_counts_the_buckets_of_all_of_them(mixed, capsys):
+    """`few` has one bucket, `squares` that and another."""
+    for dataset, buckets in (("few", ["9x64x96"]), ("few:0.3,squares:0.7", ["9x64x96", "9x96x64"])):
+        capsys.readouterr()
+        assert plan(["--cache", str(mixed), "--dataset", dataset, "--rank", "4", "--json"]) == 0
+        assert [one["bucket"] for one in json.loads(capsys.readouterr().out)["buckets"]] == buckets
+
+
 def test_one_data_set_is_numbered_as_it_is(mixed):
     (dataset,) = opened(mixed, "squares")
     mixture, samples = Mixture([dataset]), Samples(dataset)
@@ -117,6 +126,33 @@ def test_what_is_held_out_is_of_no_data_set(mixed, tmp_path):
     assert 2 <= len(trained) <= 4
 
 
+def test_a_clip_under_another_name_is_held_out_with_it(mixed, clips, tiny_2b, tmp_path):
+    """The same files in another folder, as another data set names them: what is held out is trained on in neither."""
+    folder = shutil.copytree(clips, tmp_path / "clips" / "copies")
+    cache = shutil.copytree(mixed, tmp_path / "cache")
+    words = ["--cache", cache, "--dataset", "copies", "--pretrained_model_name_or_path", tiny_2b, "--dataset_name"]
+    words += [folder.parent, "--buckets", "9x64x96,9x96x64"]
+    assert main([str(word) for word in words]) == 0
+    flags = {"dataset": "squares:0.5,copies:0.5", "max_train_steps": 14, "holdout": 0.2, "learning_rate": 0}
+    train_here(cache, tmp_path / "run", **flags)
+    keys: dict[str, bytes] = {}
+    for name in ("squares", "copies"):
+        table = open_dataset(Cache(str(cache)), name).columns("sample_id", "latent_key", "source")
+        keys |= dict(zip(table["sample_id"].to_pylist(), table["latent_key"].to_pylist(), strict=True))
+    assert len(set(keys.values())) == 7
+    trained = Counter(keys[sample] for row in rows_of(tmp_path / "run") for sample in row["samples"])
+    held = json.loads((tmp_path / "run" / "holdout.jsonl").read_text().splitlines()[0])["samples"]
+    assert len(trained) == 7 - held / 2
+    assert trained.total() == 14
+    for number in (1, 2, 3, 4, 5, 6):
+        (folder / f"{number}.mp4").unlink(), (folder / f"{number}.txt").unlink()
+    for suffix in ("mp4", "txt"):
+        shutil.copy(folder / f"0.{suffix}", folder.parent / f"same.{suffix}")
+    assert main([str(word) for word in words]) == 0
+    with pytest.raises(ConfigError, match=r"--holdout 0\.2: all of the clips that would be left are held out under an"):
+        train_here(cache, tmp_path / "none", dataset="copies", holdout=0.2)
+
+
 @pytest.mark.parametrize(
     ("value", "must"),
     [
@@ -157,6 +193,20 @@ def test_drawn_captions_visit_each_clip_once_an_epoch(mixed, tmp_path):
     assert 12 <= Counter(drawn)["often"] <= 27  # of 30 by 6 : 3
 
 
+def test_a_clip_whose_captions_all_weigh_nothing_is_not_drawn(mixed, tmp_path, clips, tiny_2b):
+    cache, manifest = shutil.copytree(mixed, tmp_path / "cache"), tmp_path / "m.jsonl"
+    rows = [{"video": f"{number}.mp4", "caption": f"of {number}", "weight": float(number == 0)} for number in (0, 1, 0)]
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    words = ["--cache", cache, "--dataset", "some", "--pretrained_model_name_or_path", tiny_2b, "--dataset_name"]
+    words += [manifest, "--instance_data_root", clips, "--height", "64", "--width", "96", "--max_num_frames", "9"]
+    assert main([str(word) for word in words]) == 0
+    for drawn in ("draw", "all"):
+        run = tmp_path / drawn
+        train_here(cache, run, dataset="some", num_train_epochs=3, captions=drawn, learning_rate=0)
+        said = captions(cache, "some")
+        assert {said[sample] for row in rows_of(run) for sample in row["samples"]} == {"of 0"}
+
+
 def test_the_caption_that_is_told_is_the_one_that_is_read(mixed):
     (dataset,) = opened(mixed, "said")
     mixture, table = Mixture([dataset], draw_captions=True), dataset.columns("sample_id", "embedding_key", "latent_key")
@@ -180,6 +230,17 @@ def test_dropping_the_last_batch_leaves_full_ones(mixed, tmp_path):
     assert [len(samples) for samples in column(tmp_path / "run", "samples")] == [2] * 6
     with pytest.raises(ConfigError, match="--drop_last: no bucket has the 8 clips of a global batch"):
         train_here(mixed, tmp_path / "none", train_batch_size=8, drop_last=True)
+
+
+def test_clips_that_no_epoch_has_are_told(mixed, tmp_path, capsys):
+    """Five clips and two of another shape: the two fill no batch of 3, or their share of the draws comes to none."""
+    train_here(mixed, tmp_path / "run", max_train_steps=1, train_batch_size=3, drop_last=True)
+    told = "left out  all 2 clips of 9x96x64 are never trained on: an epoch has too few draws of them for a batch"
+    assert told in capsys.readouterr().out
+    train_here(mixed, tmp_path / "rare", max_train_steps=1, dataset="few:0.99,squares:0.01")
+    assert told in capsys.readouterr().out
+    train_here(mixed, tmp_path / "all", max_train_steps=1, train_batch_size=3)
+    assert "left out" not in capsys.readouterr().out
 
 
 def test_a_data_set_of_which_nothing_is_left_is_refused(mixed):

@@ -297,6 +297,26 @@ def test_a_mistake_is_told(tiny_2b, words, said):
     assert "\n" not in str(error.value)
 
 
+def test_what_the_checkpoint_cannot_take_is_refused_and_counted_without_learned_positions(tmp_path, capsys):
+    model = configs_of(tmp_path / "model", "5b-i2v", num_layers=2, num_attention_heads=2)
+    words = ("--pretrained_model_name_or_path", model.folder, "--rank", 4, "--json", "--bucket")
+    for bucket in ("9x64x96", "13x480x720"):  # of the first diffusers raises, the second it takes without a word
+        with pytest.raises(UserError, match=f"size {bucket}: .* has learned positions for 49x480x720 only"):
+            main([str(word) for word in (*words, bucket)])
+        found = json.loads(plan(*words, bucket, "--drop_learned_positions", capsys=capsys))
+        assert found["bucket"] == bucket
+    native = (*words, "49x480x720")
+    with_table, without = (
+        json.loads(plan(*native, *more, capsys=capsys)) for more in ((), ["--drop_learned_positions"])
+    )
+    table = (226 + 17550) * 2 * 64 * 2  # tokens, width, bytes of bfloat16
+    assert with_table["breakdown"]["weights"] - without["breakdown"]["weights"] == table
+    with pytest.raises(UserError, match=r"--image_factor one: .* without images"):
+        main(
+            ["--pretrained_model_name_or_path", str(configs_of(tmp_path / "2b", "2b").folder), "--image_factor", "one"]
+        )
+
+
 def test_help_and_typos_of_the_plan_load_no_torch():
     code = (
         "import sys\n"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from shared.errors import ConfigError
-from tests.training import column, rows_of, train_apart, train_here, train_on_ranks
+from tests.training import column, facts_of, lora_of, rows_of, train_apart, train_here, train_on_ranks
 from train.checkpoint import list_checkpoints
 
 SETTINGS = {"max_train_steps": 8, "checkpointing_steps": 5, "caption_dropout": 0.3, "lr_scheduler": "linear"}
@@ -114,6 +114,29 @@ def test_a_run_of_two_ranks_goes_on_on_one(cache, one, two, tmp_path):
     assert json.loads((run / "checkpoint-5" / "state.json").read_text())["position"]["global_batch"] == 2
     assert column(run, "samples") == column(one, "samples")
     assert column(run, "loss") == pytest.approx(column(one, "loss"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_image_to_video_as_one_does(image_cache, tmp_path):
+    """Which variant of a first frame, its draw, and whether it is dropped, of every place to the last bit."""
+    flags = {"max_train_steps": 6, "checkpointing_steps": 3, "noised_image_dropout": 0.4}
+    runs = {"two": tmp_path / "two" / "run", "one": tmp_path / "one" / "run"}
+    done = train_on_ranks(2, image_cache, runs["two"], records=runs["two"].parent, **flags)
+    assert done.returncode == 0, done.stderr
+    done = train_apart(image_cache, runs["one"], records=runs["one"].parent, gradient_accumulation_steps=2, **flags)
+    assert done.returncode == 0, done.stderr
+    drawn = {(row["step"], row["place"]): row for rank in (0, 1) for row in draws(runs["two"], rank) if row["weight"]}
+    expected = {(row["step"], row["place"]): {**row, "world": 2} for row in draws(runs["one"], 0) if row["weight"]}
+    assert drawn == expected
+    assert len({row["image_factors"] for row in drawn.values()}) == 2, "some are dropped, and some are not"
+    assert len({row["image_posterior_noise"] for row in drawn.values()}) == len(drawn)
+    assert column(runs["two"], "loss") == pytest.approx(column(runs["one"], "loss"), rel=1e-5)
+    before = facts_of(runs["two"]), lora_of(runs["two"])
+    shutil.rmtree(runs["two"] / "checkpoint-6")
+    done = train_on_ranks(2, image_cache, runs["two"], **flags, resume_from_checkpoint="latest")
+    assert done.returncode == 0, done.stderr
+    assert "steps     3 to 6" in done.stdout
+    assert (facts_of(runs["two"]), lora_of(runs["two"])) == before
 
 
 @pytest.mark.slow

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from shared.errors import ConfigError
 from shared.geometry import Bucket
-from tests.training import column, facts_of, lora_of, train_here
-from train import loop, rehearsal
+from tests.training import column, facts_of, lora_of, rows_of, train_here
+from train import log, loop, rehearsal
 from train.log import SLOW_AFTER, WARM_UP, SlowSteps
+from train.run import Run
 
 
 @pytest.fixture
@@ -77,6 +81,60 @@ def test_where_no_lever_is_enough_it_says_so(cache, tmp_path, due, monkeypatch):
         train_here(cache, tmp_path / "run", max_train_steps=2)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"optimizer": "prodigy", "learning_rate": 1.0}, {"use_8bit_adam": True, "rank": 128}],
+    ids=["adamw", "prodigy", "8 bits"],
+)
+def test_as_many_bytes_are_held_for_the_optimizer_as_it_then_takes(cache, tmp_path, monkeypatch, flags):
+    """Prodigy holds less where a matrix began at zero, bitsandbytes its scales besides."""
+    runs: list[Run] = []
+    stood_in: list[int] = []
+
+    def look(run):
+        runs.append(run)
+        stood_in.append(sum(one.nbytes for one in rehearsal._state_to_come(run)))
+
+    monkeypatch.setattr(loop, "is_needed", lambda device: True)
+    monkeypatch.setattr(loop, "rehearse", look)
+    train_here(cache, tmp_path / "run", max_train_steps=1, **flags)
+    (run,) = runs
+    states = run.state.optimizer.state.values()
+    held = {one.data_ptr(): one.nbytes for state in states for one in state.values() if torch.is_tensor(one)}
+    assert sum(held.values()) == pytest.approx(stood_in[0], rel=0.15)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_on_a_gpu_what_was_measured_and_what_is_to_be_had_are_told(cache, tmp_path, monkeypatch, capsys, full):
+    """The GPU's answers are stood in for: 3 and 4 GiB of the step; of a card of 8 GiB 2 are free, 1 is the run's."""
+    gib = 2**30
+    answers = {
+        "reset_peak_memory_stats": None, "max_memory_allocated": 3 * gib, "max_memory_reserved": 4 * gib,
+        "mem_get_info": (2 * gib, 8 * gib), "memory_reserved": gib,
+    }  # fmt: skip
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+
+    def without(run, bucket):
+        if full:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def rehearse(run):
+        where = SimpleNamespace(device=torch.device("cuda"), mixed_precision="no", num_processes=1)
+        there: Any = SimpleNamespace(**{**vars(run), "accelerator": where}, is_main=True)
+        rehearsal.rehearse(there)
+
+    monkeypatch.setattr(rehearsal, "_forward_and_backward", without)
+    monkeypatch.setattr(loop, "is_needed", lambda device: True)
+    monkeypatch.setattr(loop, "rehearse", rehearse)
+    if full:
+        with pytest.raises(ConfigError, match=r"memory of cuda ran out; .* 3\.00 of 8\.00 GiB are to be had; add --"):
+            train_here(cache, tmp_path / "run", max_train_steps=1)
+    else:
+        train_here(cache, tmp_path / "run", max_train_steps=1)
+        assert " GiB planned, 3.00 allocated, 4.00 reserved\n" in capsys.readouterr().out
+
+
 def rows(*seconds: float):
     return [{"seconds": one + 0.5, "data_seconds": 0.5} for one in seconds]
 
@@ -100,3 +158,22 @@ def test_other_buckets_waits_for_data_and_mild_changes_are_not_slow():
     assert not said(slow, rows(*[20.0] * 20), "49x480x720")
     assert not said(slow, rows(*[2.9] * 40))
     assert not said(slow, [{"seconds": 90.0, "data_seconds": 89.0}] * 20)
+
+
+def test_a_run_tells_each_step_with_the_bucket_of_its_clips(cache, tmp_path, monkeypatch, squares, capsys):
+    """Where steps are watched: on a GPU, else here alone."""
+    told: list[tuple[int, str]] = []
+
+    class Slow(SlowSteps):
+        def warning(self, row, bucket):
+            told.append((row["step"], bucket))
+            return "warning   as slow as can be" if row["step"] == 2 else None
+
+    monkeypatch.setattr(log, "is_watched", lambda device: True)
+    monkeypatch.setattr(log, "SlowSteps", Slow)
+    train_here(cache, tmp_path / "run", max_train_steps=7)
+    columns = squares.columns("sample_id", "bucket")
+    buckets = dict(zip(columns["sample_id"].to_pylist(), columns["bucket"].to_pylist(), strict=True))
+    assert told == [(row["step"], buckets[row["samples"][0]]) for row in rows_of(tmp_path / "run")]
+    assert {bucket for _, bucket in told} == {"9x64x96", "9x96x64"}
+    assert capsys.readouterr().err.count("warning   as slow as can be") == 1

@@ -192,6 +192,33 @@ def test_a_large_video_is_a_link(lab, tmp_path, monkeypatch):
     assert len(seen.all("a")) == 4
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    ["{", "[1]", "[" * 100_000, '{"prompt": 1, "seed": "a"}', '{"seed": NaN}', '{"prompt": "half \\ud83d"}', b"\xff",
+     '{"width": "1; background: red", "height": [1]}'],
+    ids=lambda recipe: repr(recipe[:20]),
+)  # fmt: skip
+def test_a_video_beside_something_else_than_its_recipe_is_shown_by_its_name(tmp_path, recipe):
+    run = write_run(tmp_path / "run", plausible_rows(1, 3))
+    video = write_validation(run, 1, "the name", "a prompt", 1)
+    video.with_suffix(".json").write_bytes(recipe if isinstance(recipe, bytes) else recipe.encode())
+    assert main([str(run)]) == 0
+    seen = Page(run / "report.html")
+    assert "the name" in seen.text
+    (shown,) = seen.all("video")
+    assert shown["src"] == "validation/step-1/the%20name.mp4"
+    assert "width" not in shown
+
+
+def test_a_video_is_as_wide_and_high_as_its_recipe_says(tmp_path):
+    run = write_run(tmp_path / "run", plausible_rows(1, 3))
+    told = write_validation(run, 1, "a", "a prompt", 1).with_suffix(".json")
+    told.write_text(json.dumps({**json.loads(told.read_text()), "width": 480, "height": 720}))
+    main([str(run)])
+    (shown,) = Page(run / "report.html").all("video")
+    assert (shown["width"], shown["height"]) == ("480", "720")
+
+
 def test_a_run_of_an_older_version_has_a_page_too(tmp_path):
     """Rows as they were before there were timesteps, norms and phases; no config.json, no LoRA, no held-out loss."""
     rows = [{"step": step, "loss": 1 / step, "lr": 1e-4, "seconds": 2.0} for step in (1, 2, 3)]

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from shared.errors import CheckpointError
 from tests.conftest import ROOT, run_command
 from tests.training import column, command, facts_of, lora_of, rows_of, train_apart, train_here
 from train import checkpoint as checkpoints
@@ -88,6 +89,30 @@ def test_it_goes_on_with_a_batch_in_place_of_accumulation(cache, whole, killed, 
     assert train_here(cache, run, **settings, resume_from_checkpoint="latest") == 0
     assert column(run, "samples") == column(whole, "samples")
     assert column(run, "loss") == pytest.approx(column(whole, "loss"), rel=1e-4)
+
+
+def test_the_checkpoint_s_global_batch_counts_and_that_is_told(cache, whole, killed, tmp_path, capsys):
+    run = shutil.copytree(killed, tmp_path / "run")
+    settings = {**SETTINGS, "gradient_accumulation_steps": 5}
+    assert train_here(cache, run, **settings, resume_from_checkpoint="latest") == 0
+    assert "the checkpoint's global batch; --gradient_accumulation_steps 5 does not count" in capsys.readouterr().out
+    assert same_run(run, whole)
+
+
+def test_an_image_to_video_run_with_dropped_images_goes_on_bit_equal(image_cache, tmp_path, monkeypatch, capsys):
+    """Variants of first frames, their draws, and which of them are dropped; read by a worker after the second start."""
+    settings = {**SETTINGS, "max_train_steps": 6, "checkpointing_steps": 2, "noised_image_dropout": 0.4}
+    assert train_here(image_cache, tmp_path / "whole", **settings) == 0
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        crash_when(patched, loop, "take_step", lambda run, step, *_: step == 3)
+        with pytest.raises(Crash):
+            train_here(image_cache, run, **settings)
+    assert train_here(image_cache, run, **settings, resume_from_checkpoint="latest", dataloader_num_workers=1) == 0
+    assert "steps     2 to 6" in capsys.readouterr().out
+    assert same_run(run, tmp_path / "whole")
+    with pytest.raises(CheckpointError, match=r"noised_image_dropout was 0\.4 and is now 0\.1"):
+        train_here(image_cache, run, **{**settings, "noised_image_dropout": 0.1}, resume_from_checkpoint="latest")
 
 
 class Crash(BaseException):

@@ -117,6 +117,23 @@ def test_a_reader_that_is_epochs_ahead_takes_nothing_from_the_loop():
         assert ahead == order.epoch(step + 5)[0].tolist()
 
 
+def test_an_epoch_is_made_once_although_a_reader_is_several_ahead(monkeypatch):
+    made: list[int] = []
+    plain = Sampler.epoch
+
+    def counted(self: Sampler, epoch: int) -> np.ndarray:
+        made.append(epoch)
+        return plain(self, epoch)
+
+    monkeypatch.setattr(Sampler, "epoch", counted)
+    sampler = Sampler(np.zeros(3, np.uint8), 1, "data set", seed=0)
+    for step in range(90):
+        sampler.batch(step + 16)
+        sampler.batch(step)
+    assert len(made) == len(set(made)) == 36
+    assert len(sampler._epochs) < 30, "nor are all kept"
+
+
 def test_three_samples_on_four_ranks_give_every_rank_the_same_number_of_micro_batches():
     deal = Deal(batch_size=2, ranks=4, accumulation=2)
     (batch,) = sampler(np.zeros(3, int), deal.global_batch).epoch(0)
@@ -185,6 +202,16 @@ def test_over_many_epochs_the_draws_are_as_the_weights():
     np.testing.assert_allclose(drawn / drawn.sum(), weights / weights.sum(), atol=0.01)
 
 
+def test_light_samples_among_a_million_have_their_share():
+    """In float32, as the samples keep their weights, a running sum of so many loses what a light one adds."""
+    count, light = 1_000_000, 100_000
+    weights = np.ones(count, np.float32)
+    weights[:light] = 0.01
+    batches = Sampler(np.zeros(count, np.uint8), 4, "d", 0, weights=weights).epoch(0)
+    drawn = np.count_nonzero(batches < light)
+    assert drawn == pytest.approx(count * 0.01 * light / weights.sum(dtype=np.float64), rel=0.2)
+
+
 @ours
 @given(buckets=buckets_of, global_batch=st.integers(1, 5))
 def test_dropping_the_last_leaves_full_batches_only(buckets, global_batch):
@@ -203,3 +230,25 @@ def test_only_the_numbers_that_are_trained_on_are_drawn(buckets, global_batch, h
     if len(numbers):
         batches = Sampler(buckets, global_batch, "d", 0, numbers).epoch(0)
         assert sorted(batches[batches != MISSING].tolist()) == numbers.tolist()
+
+
+@ours
+@given(
+    samples=st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 0.01, 1.0, 3.5])), min_size=1, max_size=40),
+    global_batch=st.integers(1, 5),
+    drop_last=st.booleans(),
+    is_weighted=st.booleans(),
+)
+def test_what_is_told_to_be_left_out_is_what_no_epoch_has(samples, global_batch, drop_last, is_weighted):
+    buckets, weights = (np.array(column) for column in zip(*samples, strict=True))
+    if not is_weighted:
+        weights = np.ones(len(buckets))
+    if not weights.any():
+        return
+    order = Sampler(buckets, global_batch, "d", 0, None, weights if is_weighted else None, drop_last)
+    seen: set[int] = set()
+    for epoch in range(4 if order.steps_per_epoch else 0):
+        batches = order.epoch(epoch)
+        seen |= set(buckets[batches[batches != MISSING]].tolist())
+    wanted = set(buckets[weights > 0].tolist())
+    assert order.left_out == {bucket: ((buckets == bucket) & (weights > 0)).sum() for bucket in wanted - seen}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -94,6 +94,22 @@ def test_points_are_counted_in_steps_or_epochs(flags, due):
     assert [step for step in range(10) if is_due(TrainConfig(**flags), step, steps_per_epoch=4)] == due
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"validation_prompt": " ::: "}, r"--validation_prompt ' ::: ': holds no prompt; .* or leave it out"),
+        ({"validation_prompt": ""}, r"--validation_prompt '': holds no prompt"),
+        ({"validation_inference_steps": 1001}, r"--validation_inference_steps 1001; must be 1 to 1000"),
+        ({"validation_inference_steps": 0}, r"--validation_inference_steps 0; must be 1 to 1000"),
+        ({"guidance_scale": float("inf")}, r"--guidance_scale inf; must be a number of 0 or more"),
+        ({"guidance_scale": -1.0}, r"--guidance_scale -1\.0; must be a number of 0 or more"),
+    ],
+)
+def test_what_stage_3_would_refuse_each_time_is_refused_at_once(flags, said):
+    with pytest.raises(ConfigError, match=said):
+        TrainConfig(**flags)
+
+
 BROKEN = {
     "fails": ("import sys; print('no memory left'); sys.exit(3)", "ended with status 3"),
     "is killed in the middle": (
@@ -169,20 +185,26 @@ def test_another_process_makes_those_of_checkpoints_that_have_none(cache, valida
 
 
 @pytest.mark.slow
-def test_a_watcher_sees_a_checkpoint_that_comes_later(validated, tmp_path):
+def test_a_watcher_sees_a_checkpoint_that_comes_later_and_ends_at_ctrl_c(validated, tmp_path):
+    """It has made those of another one before, so that it has looked already."""
     run = shutil.copytree(validated, tmp_path / "run")
-    shutil.rmtree(run / "validation" / "step-4")
+    for step in (2, 4):
+        shutil.rmtree(run / "validation" / f"step-{step}")
     (run / "checkpoint-4").rename(tmp_path / "later")
     words = [sys.executable, "-m", "train.validate", str(run), "--watch", "--poll", "0.2"]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as watcher:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as watcher:
         try:
-            time.sleep(3)
-            (tmp_path / "later").rename(run / "checkpoint-4")
             assert watcher.stdout is not None
+            assert "2 of step 2" in watcher.stdout.readline()
+            (tmp_path / "later").rename(run / "checkpoint-4")
             assert "2 of step 4" in watcher.stdout.readline()
+            watcher.send_signal(signal.SIGINT)
+            assert watcher.communicate(timeout=60) == ("", "")
         finally:
-            watcher.terminate()
-    assert len(recipes(run / "validation" / "step-4")) == 2
+            watcher.kill()
+    assert watcher.returncode == 0
+    assert all(len(recipes(run / "validation" / f"step-{step}")) == 2 for step in (2, 4))
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

@@ -22,6 +22,22 @@ from train.record import ValidationVideo, read_recipe, read_videos
 NAME = "README.md"
 NO_REPOSITORY = "you/your-lora"  # to be filled in
 EXAMPLE_PROMPT = "a person walks along a ridge"  # where no video was made of one
+# What an example does where a LoRA was trained otherwise than diffusers' pipeline runs it.
+NO_POSITIONS = """pipeline.transformer.patch_embed.use_learned_positional_embeddings = False  # as in training
+"""
+OTHER_FACTOR = """
+prepare_latents, scale = pipeline.prepare_latents, pipeline.vae.config.scaling_factor
+gain = {factor} / (1 / scale if pipeline.vae.config.invert_scale_latents else scale)
+
+
+def prepare(*args, **options):
+    latents, image = prepare_latents(*args, **options)
+    return latents, gain * image  # first frames are multiplied as they were in training
+
+
+pipeline.prepare_latents = prepare
+"""
+FACTORS = {"scale": "scale", "one": "1"}  # --image_factor, but for the pipeline's own
 
 
 def write_card(folder: Path, hub_model_id: str | None, license: str) -> Path:
@@ -108,6 +124,10 @@ def _rows(facts: LoraFacts, adapter: dict[str, Any]) -> Iterator[tuple[str, str]
     yield "most common shape", f"{facts.frames} frames of {facts.width} x {facts.height} at {facts.fps:g} a second"
     yield "seed", str(facts.seed)
     yield "frozen weights while training", facts.dtype
+    if facts.image_factor is not None:
+        yield "first frames are multiplied", f"as {_code('--image_factor ' + facts.image_factor)} does"
+    if facts.drop_learned_positions:
+        yield "learned positions", "left out: the base model's table must not be used with it"
 
 
 def _example(facts: LoraFacts, videos: list[ValidationVideo], hub_model_id: str) -> str:
@@ -133,12 +153,15 @@ def _example(facts: LoraFacts, videos: list[ValidationVideo], hub_model_id: str)
     pipeline = "CogVideoXImageToVideoPipeline" if starts else "CogVideoXPipeline"
     load = ", load_image" if starts else ""
     image = "image=load_image('start.png'),  # the picture that the video starts from\n    " if starts else ""
+    as_trained = NO_POSITIONS if facts.drop_learned_positions else ""
+    if facts.image_factor in FACTORS:
+        as_trained += OTHER_FACTOR.format(factor=FACTORS[facts.image_factor])
     return f"""import torch
 from diffusers import {pipeline}
 from diffusers.utils import encode_video{load}
 
 pipeline = {pipeline}.from_pretrained({_base_name(facts)!r}, dtype=torch.{facts.dtype}{extra})
-pipeline.load_lora_weights({hub_model_id!r}, weight_name={FILE_NAME!r})
+{as_trained}pipeline.load_lora_weights({hub_model_id!r}, weight_name={FILE_NAME!r})
 if torch.cuda.is_available():
     pipeline.enable_model_cpu_offload()
     pipeline.vae.enable_tiling()

@@ -26,8 +26,9 @@ def check_flags(config: TrainConfig, checkpoint: Checkpoint) -> None:
     """
     facts, name = checkpoint.facts, checkpoint.name
     check_learned_positions(facts, name, drop_learned_positions=config.drop_learned_positions)
-    if config.image_factor != "pipeline" and not facts.image_to_video:
-        raise ConfigError(f"--image_factor {config.image_factor}: {name} is {facts.kind}, without images; leave it out")
+    for flag in () if facts.image_to_video else ("image_factor", "noised_image_dropout"):
+        if (value := getattr(config, flag)) != getattr(TrainConfig, flag):
+            raise ConfigError(f"--{flag} {value}: {name} is {facts.kind}, without images; leave it out")
 
 
 def check_dataset(

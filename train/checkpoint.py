@@ -27,11 +27,25 @@ from shared.lora import FILE_NAME, LoraFacts, load_lora_state, save_lora
 from shared.storage import digest_of, fsync_folder
 from train.ema import Ema
 from train.optim import pack_state, unpack_state
+from train.optim_flags import PRODIGY
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 LAST_FILE = "last_weights.safetensors"
 STATE_FILE = "state.json"
 FORMAT = 1
+
+# Flags that change the numbers of a run: it is gone on from with the same values. The base model, its dtype, the global
+# batch, the number of steps, the target modules and what --init_lora holds are compared as they come out, with what the
+# data set says.
+FIXED = (
+    "seed", "rank", "lora_alpha", "caption_dropout", "timestep_sampling", "optimizer", "learning_rate", "lr_scheduler",
+    "lr_warmup_steps", "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
+    "max_grad_norm",
+    "base_precision", "use_8bit_adam", "captions", "drop_last",
+    "noised_image_dropout", "image_factor", "drop_learned_positions",
+    "use_rslora", "use_dora", "lora_dropout", "ema_decay", "loss_weighting", "min_snr_gamma", "min_snr_floor",
+    "scale_lr", "lr_step_rules", "allow_tf32", *PRODIGY,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,24 +9,7 @@ from shared.config import check_name, secret
 from shared.errors import ConfigError
 from shared.validation import check_validation_flags
 from train.local_cache import parse_size
-
-PRODIGY = ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup")
-
-# Flags that change the numbers of a run: it is gone on from with the same values. The base model, its dtype, the global
-# batch, the number of steps, the target modules and what --init_lora holds are compared as they come out, with what the
-# data set says.
-FIXED = (
-    "seed", "rank", "lora_alpha", "caption_dropout", "timestep_sampling", "optimizer", "learning_rate", "lr_scheduler",
-    "lr_warmup_steps", "lr_num_cycles", "lr_power", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
-    "max_grad_norm",
-    "base_precision", "use_8bit_adam", "captions", "drop_last",
-    "noised_image_dropout", "image_factor", "drop_learned_positions",
-    "use_rslora", "use_dora", "lora_dropout", "ema_decay", "loss_weighting", "min_snr_gamma", "min_snr_floor",
-    "scale_lr", "lr_step_rules", "allow_tf32", *PRODIGY,
-)  # fmt: skip
-
-_NUMBER = r"\d+(\.\d*)?([eE][+-]?\d+)?"
-STEP_RULES = re.compile(rf"({_NUMBER}:\d+,)*{_NUMBER}")  # as diffusers reads them
+from train.optim_flags import check_optimizer_flags
 
 
 @dataclass(frozen=True)
@@ -46,7 +28,6 @@ class TrainConfig:
     OUTPUT: ClassVar[str] = "Output"
     output_dir: str = "runs/lora"
     """Where checkpoints, metrics.jsonl and the LoRA are written; one run each."""
-
     MODEL: ClassVar[str] = "Model"
     pretrained_model_name_or_path: str | None = None
     """Checkpoint to fine-tune: a folder or a hub id; default: the one that the data set was made with."""
@@ -210,7 +191,7 @@ class TrainConfig:
     validate_first: bool = False
     """Make a set before the first step too: what the base model does."""
     validation_inference_steps: int = 50
-    """Denoising steps of a validation video, at least 1."""
+    """Denoising steps of a validation video, 1 to 1000."""
     validation_timeout: float = 3600.0
     """Seconds, above 0, that stage 3 may take over a set before it is ended and training goes on."""
     guidance_scale: float = 6.0
@@ -248,7 +229,7 @@ class TrainConfig:
             raise ConfigError(f"--dataset {self.dataset}: names a data set twice; give it once, with one share")
         for name in ("rank", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "log_steps",
                      "checkpointing_steps", "lr_num_cycles", "max_bad_steps", "holdout_steps", "prefetch",
-                     "ff_chunks", "num_validation_videos", "validation_inference_steps"):  # fmt: skip
+                     "ff_chunks", "num_validation_videos"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)}; must be at least 1")
         parse_size(self.local_cache_size)
@@ -256,15 +237,19 @@ class TrainConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)}; must be at least 1, or left out")
         for name in ("dataloader_num_workers", "lr_warmup_steps", "learning_rate", "max_grad_norm",
-                     "adam_weight_decay", "stream_blocks", "lr_power", "guidance_scale"):  # fmt: skip
+                     "adam_weight_decay", "stream_blocks", "lr_power"):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"--{name} {getattr(self, name)}; must not be negative")
+        if not 1 <= self.validation_inference_steps <= 1000:
+            raise ConfigError(f"--validation_inference_steps {self.validation_inference_steps}; must be 1 to 1000")
+        if not 0 <= self.guidance_scale < float("inf"):
+            raise ConfigError(f"--guidance_scale {self.guidance_scale}; must be a number of 0 or more, such as 6")
         if self.validation_epochs and self.validation_steps:
             raise ConfigError("--validation_steps: stands in place of --validation_epochs; give one of them")
         check_validation_flags(self.validation_prompt, self.validation_prompts, self.validation_prompt_separator)
         for name in ("validation_timeout", "nccl_timeout"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"--{name} {getattr(self, name)}; must be above 0 seconds")
+            if not 0 < getattr(self, name) <= 1e9:
+                raise ConfigError(f"--{name} {getattr(self, name)}; must be above 0 seconds, and at most 1e9")
         if not self.lora_alpha > 0:
             raise ConfigError(f"--lora_alpha {self.lora_alpha}; must be above 0; usual values are rank and rank / 2")
         if not 0 <= self.holdout < 1:
@@ -296,35 +281,7 @@ class TrainConfig:
         for name in ("caption_dropout", "noised_image_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"--{name} {getattr(self, name)}; must be a probability, 0 to 1")
-        self._check_optimizer()
-
-    def _check_optimizer(self) -> None:
-        for name in ("adam_beta1", "adam_beta2", "prodigy_beta3"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise ConfigError(f"--{name} {value}; must be at least 0 and below 1")
-        if not 0 <= self.adam_epsilon < float("inf"):
-            raise ConfigError(f"--adam_epsilon {self.adam_epsilon}; must not be negative")
-        if self.optimizer == "prodigy":
-            for name in ("learning_rate", "adam_epsilon"):
-                if not getattr(self, name) > 0:
-                    raise ConfigError(f"--{name} {getattr(self, name)}; must be above 0 with --optimizer prodigy")
-            if self.use_8bit_adam:
-                raise ConfigError("--use_8bit_adam: is of adam and adamw; leave it out with --optimizer prodigy")
-        else:
-            for name in PRODIGY:
-                if getattr(self, name) is not None and getattr(self, name) is not False:
-                    raise ConfigError(f"--{name}: is of --optimizer prodigy; this is {self.optimizer}")
-        if (self.lr_step_rules is None) == (self.lr_scheduler == "piecewise_constant"):
-            raise ConfigError(
-                f"--lr_step_rules {self.lr_step_rules}: with --lr_scheduler {self.lr_scheduler}; piecewise_constant "
-                "takes rules such as 1:500,0.1:800,0.01, and no other schedule does"
-            )
-        if self.lr_step_rules is not None and not STEP_RULES.fullmatch(self.lr_step_rules):
-            raise ConfigError(
-                f"--lr_step_rules {self.lr_step_rules}; must be FACTOR:STEP with commas between and a last FACTOR, "
-                "such as 1:500,0.1:800,0.01"
-            )
+        check_optimizer_flags(self)
 
     @property
     def datasets(self) -> list[tuple[str, float]]:

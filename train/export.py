@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from shared.config import parse_config
-from shared.console import say
+from shared.console import say, warn
 from shared.errors import ConfigError, run_command
 from shared.storage import fsync_folder
 
 if TYPE_CHECKING:
-    from shared.models import Checkpoint
-    from train.formats import TrainedLora
+    from shared.lora import LoraFacts
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,8 @@ class ExportConfig:
 def main(argv: list[str]) -> int:
     """Write what was asked for."""
     config = parse_config(ExportConfig, argv, "python -m train.export")
-    from train.card import write_card  # late: --help and a typo are answered at once
+    from train.base import open_base  # late: --help and a typo are answered at once
+    from train.card import write_card
     from train.formats import TrainedLora, write_comfyui, write_fused, write_peft
 
     lora = TrainedLora.read(config.run)
@@ -75,23 +75,24 @@ def main(argv: list[str]) -> int:
         elif config.format == "peft":
             write_peft(lora, folder)
         else:
-            write_fused(lora, _open_base(config, lora), folder)
+            facts = lora.facts
+            trained_on = {"name": facts.base_model, "revision": facts.revision, "variant": facts.variant}
+            write_fused(lora, open_base(config, trained_on), folder)
     say("export", f"{output}: {', '.join(sorted(path.name for path in output.iterdir()))}; see docs/handing_over.md")
+    for line in unsaid(lora.facts, config.format):
+        warn(f"{output}: {line}")
     return 0
 
 
-def _open_base(config: ExportConfig, lora: TrainedLora) -> Checkpoint:
-    """The checkpoint to merge into: the one that was asked for, else the one that the LoRA was trained on."""
-    from shared.models import open_checkpoint
-
-    asked, facts = config.pretrained_model_name_or_path, lora.facts
-    return open_checkpoint(
-        asked or facts.base_model,
-        revision=config.revision if asked else config.revision or facts.revision,
-        variant=config.variant if asked else config.variant or facts.variant,
-        cache_dir=config.cache_dir,
-        weights=("transformer",),
-    )
+def unsaid(facts: LoraFacts, format: str) -> Iterator[str]:
+    """What a LoRA was trained with that a format's readers cannot know, a line each."""
+    if facts.drop_learned_positions and format != "fused":
+        yield "its reader must leave out the learned positions, as the LoRA was trained without them"
+    if facts.image_factor not in (None, "pipeline"):
+        yield (
+            f"its reader must multiply first frames as --image_factor {facts.image_factor} does; diffusers' pipeline "
+            "shows them at another brightness"
+        )
 
 
 @contextmanager

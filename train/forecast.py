@@ -146,7 +146,10 @@ def _count(
 ) -> tuple[Spans, int, str | None]:
     """The spans of a step with so many blocks, the bytes of the weights as loaded, and what is stood in for."""
     facts = checkpoint.facts
-    transformer = _on_meta(checkpoint.config("transformer") | {"num_layers": blocks}, dtype)
+    changed: dict[str, Any] = {"num_layers": blocks}
+    if config.drop_learned_positions:
+        changed["use_learned_positional_embeddings"] = False
+    transformer = _on_meta(checkpoint.config("transformer") | changed, dtype)
     loading = sum(parameter.nbytes for parameter in transformer.parameters())
     visit = make_lora(transformer, config, None)
     with _own_tables(), FakeTensorMode(allow_non_fake_inputs=True), Ledger(host_category) as ledger, gpu_paths():

@@ -135,12 +135,18 @@ def write_peft(lora: TrainedLora, folder: Path) -> None:
 def write_fused(lora: TrainedLora, checkpoint: Checkpoint, folder: Path) -> None:
     """Write the checkpoint's transformer with the LoRA merged into its weights, in the dtype that they are stored in.
 
+    It has no learned positions where the LoRA was trained without them.
+
     Raises:
         LoraError: the LoRA has a matrix that the transformer has no place for, or its dtype cannot hold a sum.
     """
     import torch
 
-    transformer = load_transformer(checkpoint, getattr(torch, checkpoint.stored_dtype("transformer")))
+    transformer = load_transformer(
+        checkpoint,
+        getattr(torch, checkpoint.stored_dtype("transformer")),
+        drop_learned_positions=lora.facts.drop_learned_positions,
+    )
     modules = dict(transformer.named_modules())
     for layer in lora.layers():
         weight = getattr(modules.get(layer.module), "weight", None)

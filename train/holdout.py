@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from shared.cache import KEY_BYTES
 from shared.errors import CacheError, ConfigError
 from shared.seeds import seed_for
 from shared.storage import digest_of
@@ -54,6 +55,29 @@ def split_sources(sources: Sequence[str] | pa.ChunkedArray, share: float) -> np.
     held = np.zeros(len(names), bool)
     held[np.argsort(ranks, kind="stable")[:count]] = True
     return held[encoded.indices.to_numpy()]
+
+
+def held_samples(samples: Mixture, share: float) -> np.ndarray:
+    """Which samples are held out: [N] bool. With a video goes what is the same clip under another name.
+
+    Raises:
+        ConfigError: as `split_sources`; or nothing is left.
+    """
+    held, keys = split_sources(samples.sources(), share), samples.latent_keys()
+    held = are_among(keys, keys[held])
+    if held.all():
+        raise ConfigError(
+            f"--holdout {share:g}: all of the clips that would be left are held out under another name; add videos, or "
+            "leave it out"
+        )
+    return held
+
+
+def are_among(keys: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which of some keys [N, KEY_BYTES] uint8 are among others [M, KEY_BYTES], M above 0: [N] bool."""
+    texts, known = (np.ascontiguousarray(one).view(f"S{KEY_BYTES}")[:, 0] for one in (keys, others))
+    known = np.unique(known)
+    return np.asarray(known[np.minimum(np.searchsorted(known, texts), len(known) - 1)] == texts)
 
 
 def _rank(name: str) -> int:

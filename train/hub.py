@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared.console import say, warn
-from shared.errors import ConfigError, HubError
+from shared.errors import ConfigError, HubError, UserError
 from shared.lora import FILE_NAME
 from train.card import NAME, gallery, write_card
 
@@ -120,7 +120,7 @@ def push_result(config: TrainConfig, output_dir: Path) -> None:
     try:
         token = find_token(config.hub_token)
         address = push_run(output_dir, config.hub_model_id, token, config.hub_license, new_card=True)
-    except (HubError, ConfigError) as error:
+    except (UserError, OSError) as error:  # the hub, or a card that cannot be written: the LoRA is there either way
         command = ["python", "-m", "train.push", str(output_dir)]
         command += ["--hub_model_id", config.hub_model_id] if config.hub_model_id else []
         command += ["--hub_license", config.hub_license] if config.hub_license != "other" else []

@@ -6,6 +6,8 @@ from collections import defaultdict, deque
 from statistics import median
 from typing import Any
 
+import torch
+
 from shared.console import LABEL, Progress, say, warn
 from shared.errors import UserError
 from train.metrics import HOLDOUT_FILE, Metrics
@@ -73,6 +75,11 @@ class SlowSteps:
         )
 
 
+def is_watched(device: torch.device) -> bool:
+    """Whether steps that slow down are told: a CPU's do for many reasons."""
+    return device.type == "cuda"
+
+
 class BadSteps:
     """Counts steps in a row that were not taken because their loss or gradient was not finite.
 
@@ -114,7 +121,7 @@ class Log:
 
     def __init__(self, run: Run) -> None:
         self._run, self._wait, self._bad = run, DataWait(), BadSteps(run.config.max_bad_steps)
-        self._slow = SlowSteps() if run.accelerator.device.type == "cuda" else None
+        self._slow = SlowSteps() if is_watched(run.accelerator.device) else None
         self._metrics = self._holdout = None
         if run.is_main:
             self._metrics = Metrics(run.output_dir, run.first_step)

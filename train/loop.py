@@ -64,6 +64,19 @@ def _introduction(run: Run) -> Iterator[tuple[str, str]]:
         f"{deal.batch_size} x {deal.ranks} processes x {deal.accumulation} accumulated = "
         f"{deal.global_batch}; {run.sampler.steps_per_epoch} steps an epoch",
     )
+    if deal.accumulation != run.config.gradient_accumulation_steps:
+        yield (
+            "batches",
+            f"accumulation follows from the checkpoint's global batch; --gradient_accumulation_steps "
+            f"{run.config.gradient_accumulation_steps} does not count",
+        )
+    for bucket, count in run.sampler.left_out.items():
+        least = f"with --drop_last {deal.global_batch}, " if run.config.drop_last else ""
+        yield (
+            "left out",
+            f"all {count} clips of {run.samples.bucket_names[bucket]} are never trained on: an epoch has too few draws "
+            f"of them for a batch ({least}by their weights and the shares of --dataset)",
+        )
     yield "steps", f"{run.first_step} to {run.max_steps}, into {run.output_dir}"
 
 

@@ -25,6 +25,7 @@ from train.quantise import check_precision
 from train.residency import Residency
 
 COMPILED_SHAPES = 64  # buckets that a block may be compiled for
+CHUNKED = ("ff.net.0.proj", "ff.net.2")  # linear layers that see the tokens chunk by chunk
 
 
 def check_levers(config: TrainConfig, device: torch.device, *, processes: int, precision: str) -> None:
@@ -48,6 +49,17 @@ def check_levers(config: TrainConfig, device: torch.device, *, processes: int, p
         raise ConfigError(f"--compile: does not go with --{staged[0]}, which takes blocks apart; leave one of them out")
     if config.compile and config.base_precision not in ("native", "int8"):
         raise ConfigError(f"--compile: does not go with --base_precision {config.base_precision}; give native or int8")
+    for name in ("lora_dropout", "use_dora"):
+        if config.compile and getattr(config, name):
+            raise ConfigError(
+                f"--compile: does not go with --{name}, which torch cannot compile; leave one of them out"
+            )
+    chunked = [layer for layer in CHUNKED if any(f".{layer}".endswith(f".{target}") for target in config.targets)]
+    if config.ff_chunks > 1 and config.lora_dropout and chunked:
+        raise ConfigError(
+            f"--ff_chunks {config.ff_chunks}: does not go with --lora_dropout {config.lora_dropout:g} on {chunked[0]}, "
+            "which would drop the same in each chunk; leave one of them out"
+        )
     if config.optimizer_offload and processes > 1:
         raise ConfigError(
             f"--optimizer_offload: takes gradients away before {processes} processes have averaged them; "

@@ -69,6 +69,10 @@ class Mixture:
             [[dataset.digest, share] for dataset, share in zip(self.datasets, self.shares, strict=True)]
         ).hex()
 
+    def latent_keys(self) -> np.ndarray:
+        """What names the clip of each sample, [N, KEY_BYTES] uint8: equal in two data sets for the same clip."""
+        return np.concatenate([part.keys("latent") for part in self.parts])
+
     def sources(self) -> pa.ChunkedArray:
         """The video of each sample [N], as its manifest names it."""
         columns = [dataset.columns("source")["source"] for dataset in self.datasets]
@@ -99,13 +103,13 @@ class Mixture:
         group = groups[number]
         captions = order[starts[group] : starts[group + 1]]
         weights = self._row_weights[captions]
-        if not weights.any():
+        if not weights.any():  # it may be held out
             return number
         draw = random.Random(seed_for(seed, step, place, "caption"))
         return int(draw.choices(captions.tolist(), weights.tolist())[0])
 
     def numbers(self, held: np.ndarray | None) -> np.ndarray | None:
-        """The samples to train on: of each clip the first, where captions are drawn; None: all.
+        """The samples to train on: where captions are drawn, the first of each clip that has one of weight; None: all.
 
         Args:
             held: [N] bool, those that are held out.
@@ -114,7 +118,7 @@ class Mixture:
         if self.draw_captions:
             order, starts, _ = self._clips
             first = np.zeros(len(self), bool)
-            first[order[starts[:-1]]] = True
+            first[order[starts[:-1]]] = np.add.reduceat(self._row_weights[order], starts[:-1]) > 0
             kept &= first
         return None if kept.all() else np.flatnonzero(kept)
 
@@ -135,7 +139,7 @@ class Mixture:
         weights = np.where(trained, own, 0.0)
         for part, dataset in enumerate(self.datasets):
             rows = slice(self._starts[part], self._starts[part + 1])
-            total = weights[rows].sum()
+            total = weights[rows].sum(dtype=np.float64)
             if not total:
                 raise ConfigError(f"--dataset {dataset.name}: no sample of it is left to train on; give another")
             if self.shares is not None:

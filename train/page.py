@@ -185,7 +185,7 @@ def video_grid(records: list[Record], place: Path) -> list[dict[str, Any]]:
             nth = seen[told] = seen.get(told, -1) + 1  # the same prompt twice at a step: with other settings
             found.setdefault((told[0], video.seed, nth), {})[number, video.step] = video
     grid = []
-    for (prompt, seed, _), videos in found.items():
+    for (prompt, seed, _), videos in sorted(found.items(), key=lambda pair: _reading_order(*pair[0])):
         steps = sorted({step for _, step in videos})
         runs = [
             {"number": number, "cells": [_cell(videos.get((number, step)), place) for step in steps]}
@@ -196,10 +196,14 @@ def video_grid(records: list[Record], place: Path) -> list[dict[str, Any]]:
     return grid
 
 
+def _reading_order(prompt: str, seed: int | None, nth: int) -> tuple[Any, ...]:
+    return prompt.casefold(), prompt, -1 if seed is None else seed, nth
+
+
 def _cell(video: ValidationVideo | None, place: Path) -> dict[str, Any] | None:
     if video is None or video.size_bytes is None:
         return None
-    return video_cell(video.path, place, video.size_bytes)
+    return video_cell(video.path, place, video.size_bytes, video.size)
 
 
 def duration(seconds: float) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from shared.config import parse_config
 from shared.errors import CacheError, ModelError, run_command
+from train.base import DTYPES, PRECISIONS, open_base
 from train.config import TrainConfig
 from train.local_cache import parse_size
 
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
 
     checkpoint, buckets = _what_to_count(config)
     dtype, notes = _dtype(config, checkpoint)
-    check_countable(config, _precision(dtype))
+    check_countable(config, PRECISIONS[dtype])
     import torch
 
     run_dtype = getattr(torch, dtype)
@@ -66,42 +67,38 @@ def _what_to_count(config: PlanConfig) -> tuple[Checkpoint, list[Bucket]]:
     from shared.cache import Cache
     from shared.dataset import open_dataset
     from shared.geometry import Bucket
-    from shared.models import open_checkpoint
+    from shared.sizes import check_bucket
+    from train.check import check_flags
 
     asked = config.pretrained_model_name_or_path
     buckets = [Bucket.parse(text) for text in config.bucket.split(",")] if config.bucket else []
-    dataset = None
+    datasets = []
     if asked is None or not buckets:
         try:
-            dataset = open_dataset(Cache(config.cache), config.dataset)
+            datasets = [open_dataset(Cache(config.cache), name) for name, _ in config.datasets]
         except CacheError:
             if asked is None or config.cache != TrainConfig.cache:
                 raise
-    made_with = dataset.info["model"] if dataset and asked is None else {}
-    checkpoint = open_checkpoint(
-        asked or made_with["name"],
-        revision=config.revision or made_with.get("revision"),
-        variant=config.variant or made_with.get("variant"),
-        cache_dir=config.cache_dir,
-        weights=(),
-    )
-    if not buckets and dataset is not None:
-        buckets = [Bucket.parse(text) for text in sorted(set(dataset.columns("bucket")["bucket"].to_pylist()))]
-    return checkpoint, buckets or [Bucket(checkpoint.facts.sample_frames, *checkpoint.facts.native_size)]
+    made_with = datasets[0].info["model"] if datasets else {}
+    checkpoint = open_base(config, made_with, weights=())
+    if not buckets and datasets:
+        texts = {text for dataset in datasets for text in dataset.columns("bucket")["bucket"].to_pylist()}
+        buckets = [Bucket.parse(text) for text in sorted(texts)]
+    buckets = buckets or [Bucket(checkpoint.facts.sample_frames, *checkpoint.facts.native_size)]
+    check_flags(config, checkpoint)
+    for bucket in buckets:
+        check_bucket(bucket, checkpoint.facts, checkpoint.name, drop_learned_positions=config.drop_learned_positions)
+    return checkpoint, buckets
 
 
 def _dtype(config: PlanConfig, checkpoint: Checkpoint) -> tuple[str, list[str]]:
     """The dtype of the frozen base, and what there is to say of it: the weights that tell it need not be here."""
     if config.mixed_precision is not None:
-        return {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}[config.mixed_precision], []
+        return DTYPES[config.mixed_precision], []
     try:
         return checkpoint.stored_dtype("transformer"), []
     except ModelError:
         return "bfloat16", ["the weights are not here to tell their dtype: counted as --mixed_precision bf16"]
-
-
-def _precision(dtype: str) -> str:
-    return {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}[dtype]
 
 
 def _advised(
@@ -122,7 +119,7 @@ def _advised(
     def count(changes: dict[str, Any]) -> Forecast:
         return forecast(replace(config, **changes), checkpoint, largest.bucket, getattr(torch, dtype))
 
-    return advise(rungs(config, _precision(dtype)), limit, count)
+    return advise(rungs(config, PRECISIONS[dtype]), limit, count)
 
 
 def _table(counted: list[Forecast]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from shared.errors import ConfigError
 from shared.lora import FILE_NAME, LoraFacts, read_metadata
-from shared.storage import digest_of
+from shared.storage import canonical_json, digest_of
 from train.curves import Curves, read_curves, read_holdout
 from train.metrics import FILE
 
@@ -30,6 +30,7 @@ class ValidationVideo:
         prompt: None where no JSON beside it tells.
         size_bytes: None where there is a JSON, but no video.
         row: digest of what was asked for, whatever LoRA it was made with: the same at all steps of a run.
+        size: width and height in pixels; None where no JSON tells.
     """
 
     step: int
@@ -39,6 +40,7 @@ class ValidationVideo:
     seed: int | None
     size_bytes: int | None
     row: str
+    size: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def read_videos(folder: Path) -> list[ValidationVideo]:
             path = made / f"{name}.mp4"
             recipe = _json_object(made / f"{name}.json") or {}
             prompt, seed = recipe.get("prompt"), recipe.get("seed")
+            width, height = recipe.get("width"), recipe.get("height")
             found.append(
                 ValidationVideo(
                     step=step,
@@ -130,6 +133,7 @@ def read_videos(folder: Path) -> list[ValidationVideo]:
                     seed=seed if isinstance(seed, int) else None,
                     size_bytes=path.stat().st_size if path.is_file() else None,
                     row=row_digest(recipe),
+                    size=(width, height) if type(width) is int and type(height) is int else None,
                 )
             )
     return found
@@ -158,6 +162,7 @@ def _json_object(path: Path) -> dict[str, Any] | None:
     """The object that a file holds; None where there is no such file, or it holds something else."""
     try:
         value = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        canonical_json(value)  # refuses what Python reads beyond JSON: NaN, half a pair of surrogates
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

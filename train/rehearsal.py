@@ -79,7 +79,8 @@ def _state_to_come(run: Run) -> list[torch.Tensor]:
     if run.config.optimizer_offload or run.state.optimizer.state:
         return []
     dtype = torch.uint8 if run.config.use_8bit_adam else torch.float32
-    return [torch.empty_like(one, dtype=dtype) for one in gathered(run.state.optimizer) for _ in range(2)]
+    copies = 4 if run.config.optimizer == "prodigy" else 2  # two moments; a sum and where it began
+    return [torch.empty_like(one, dtype=dtype) for one in gathered(run.state.optimizer) for _ in range(copies)]
 
 
 def _checkpoint(run: Run) -> Checkpoint:

@@ -20,6 +20,7 @@ from shared.errors import ConfigError
 from shared.seeds import seed_for
 
 MISSING = -1  # a place that no sample fills: the last batch of a bucket may be short
+STEPS_AHEAD = 64  # that a reader in a thread may be: of a small data set it is epochs, which both would make in turns
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,24 @@ class Sampler:
         return sum(self._batches(draws) for _, draws in self._groups)
 
     @cached_property
+    def left_out(self) -> dict[int, int]:
+        """Buckets of which no epoch has a batch, as too few draws are theirs; how many of their samples have a weight.
+
+        Each epoch has the same number of each bucket, so what is rounded to none is never trained on.
+        """
+        counts = {
+            int(self.buckets[group[0]]): len(group) if self.weights is None else int((self.weights[group] > 0).sum())
+            for group, draws in self._all_groups
+            if not self._batches(draws)
+        }
+        return {bucket: count for bucket, count in counts.items() if count}
+
+    @property
     def _groups(self) -> list[tuple[np.ndarray, int]]:
+        return [(group, draws) for group, draws in self._all_groups if draws]
+
+    @cached_property
+    def _all_groups(self) -> list[tuple[np.ndarray, int]]:
         """The numbers of each bucket's samples, and how many draws it has in an epoch."""
         numbers = np.arange(len(self.buckets)) if self.numbers is None else self.numbers
         numbers = numbers.astype(np.int32 if len(self.buckets) < 2**31 else np.int64)
@@ -59,12 +77,12 @@ class Sampler:
         groups = np.split(numbers, np.cumsum(counts)[:-1])
         if self.weights is None:
             return list(zip(groups, counts.tolist(), strict=True))
-        shares = np.array([self.weights[group].sum() for group in groups])
+        shares = np.array([self.weights[group].sum(dtype=np.float64) for group in groups])
         exact = shares / shares.sum() * len(numbers)
         draws = np.floor(exact).astype(int)
         most_cut = np.argsort(draws - exact, kind="stable")[: len(numbers) - draws.sum()]
         draws[most_cut] += 1
-        return [(group, count) for group, count in zip(groups, draws.tolist(), strict=True) if count]
+        return list(zip(groups, draws.tolist(), strict=True))
 
     def _batches(self, draws: int) -> int:
         return draws // self.global_batch if self.drop_last else -(-draws // self.global_batch)
@@ -75,7 +93,7 @@ class Sampler:
         batches = self._epochs.get(epoch)
         if batches is None:
             batches = self._epochs[epoch] = self.epoch(epoch)
-            for old in sorted(self._epochs)[:-2]:  # a reader ahead, in a thread, may be in the next one
+            for old in sorted(self._epochs)[: -2 - STEPS_AHEAD // self.steps_per_epoch]:
                 self._epochs.pop(old, None)
         return batches[row]
 
@@ -93,7 +111,7 @@ class Sampler:
         for group, draws in self._groups:
             order = rng.permutation(group)
             if self.weights is not None:
-                ends = np.cumsum(self.weights[order])
+                ends = np.cumsum(self.weights[order], dtype=np.float64)  # float32 loses a light one among a million
                 spots = (np.arange(draws) + rng.random()) * (ends[-1] / draws)
                 order = rng.permutation(order[np.minimum(np.searchsorted(ends, spots, "right"), len(order) - 1)])
             yield order

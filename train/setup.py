@@ -20,15 +20,16 @@ from shared.console import say
 from shared.dataset import DataSet, open_dataset
 from shared.errors import CheckpointError, ConfigError
 from shared.lora import LoraFacts, trainable
-from shared.models import Checkpoint, choose_device, load_transformer, open_checkpoint
+from shared.models import Checkpoint, choose_device, load_transformer
 from shared.prompt_file import PromptRow
 from shared.sizes import check_dtype
 from shared.storage import FileLock, write_atomically
+from train.base import DTYPES, PRECISIONS, open_base
 from train.check import check_dataset, check_flags, check_lora_file
-from train.checkpoint import RunState, check_position, list_checkpoints, load_checkpoint, read_state
-from train.config import FIXED, TrainConfig
+from train.checkpoint import FIXED, RunState, check_position, list_checkpoints, load_checkpoint, read_state
+from train.config import TrainConfig
 from train.ema import Ema
-from train.holdout import DRAWS, HeldOut, split_sources
+from train.holdout import DRAWS, HeldOut, are_among, held_samples
 from train.local_cache import LocalCache, parse_size
 from train.lora import find_initial, lora_facts, make_lora
 from train.memory import check_levers, prepare
@@ -44,9 +45,6 @@ from train.samples import DrawSettings, kinds_for
 from train.trackers import chosen_trackers
 from train.validation_rows import choose_rows, store_rows
 
-DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
-PRECISIONS = {dtype: precision for precision, dtype in DTYPES.items()}
-
 
 def open_run(config: TrainConfig, accelerator: Accelerator) -> Run:
     """Open all that a run needs.
@@ -57,7 +55,7 @@ def open_run(config: TrainConfig, accelerator: Accelerator) -> Run:
     check_levers(config, accelerator.device, processes=accelerator.num_processes, precision=accelerator.mixed_precision)
     datasets = open_datasets(config)
     reading = _reading(config, datasets[0].cache)
-    base = open_base(config, datasets[0])
+    base = open_base(config, datasets[0].info["model"])
     check_flags(config, base)
     samples = _mix(config, datasets, base)
     if accelerator.is_main_process:
@@ -77,6 +75,8 @@ def open_run(config: TrainConfig, accelerator: Accelerator) -> Run:
     initial = find_initial(config)
     position = {
         "base_model": base.name,
+        "base_revision": base.revision,
+        "base_variant": base.variant,
         "dtype": dtype,
         "held_out": held_out.digest if held_out else None,
         "max_train_steps": max_steps,
@@ -205,10 +205,17 @@ def _hold_out(
         other = open_dataset(samples.datasets[0].cache, config.holdout_dataset)
         others = Mixture([other], kinds=kinds_for(base.facts))
         check_dataset(other, base, others.bucket_names, drop_learned_positions=config.drop_learned_positions)
+        both = are_among(others.latent_keys(), samples.latent_keys())
+        if both.any():
+            raise ConfigError(
+                f"--holdout_dataset {config.holdout_dataset}: {both.sum()} of its {len(others)} samples are of clips "
+                f"that --dataset {config.dataset} trains on, the first {others.sources()[int(both.argmax())]}; leave "
+                "them out of one of the two"
+            )
         return HeldOut(others, LatentDataset(other, base.facts, DRAWS, **reading), np.arange(len(others))), None
     if not config.holdout:
         return None, None
-    held = split_sources(samples.sources(), config.holdout)
+    held = held_samples(samples, config.holdout)
     reader = LatentDataset(samples.datasets, base.facts, DRAWS, **reading)
     return HeldOut(samples, reader, np.flatnonzero(held)), held
 
@@ -240,19 +247,6 @@ def open_local_cache(config: TrainConfig, cache: Cache) -> LocalCache | None:
     return copies
 
 
-def open_base(config: TrainConfig, dataset: DataSet) -> Checkpoint:
-    """The checkpoint to fine-tune: the one that was asked for, else the one that made the data set."""
-    made_with = dataset.info["model"]
-    asked = config.pretrained_model_name_or_path
-    return open_checkpoint(
-        asked or made_with["name"],
-        revision=config.revision if asked else config.revision or made_with["revision"],
-        variant=config.variant if asked else config.variant or made_with["variant"],
-        cache_dir=config.cache_dir,
-        weights=("transformer",),
-    )
-
-
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """accelerate's view of the processes, devices, precision and trackers of this run.
 
@@ -260,7 +254,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         ConfigError: float16 on a CPU, or a launcher's settings that do not work.
     """
     precision: str | None = config.mixed_precision
-    base = open_base(config, open_datasets(config)[0])
+    base = open_base(config, open_datasets(config)[0].info["model"])
     if precision is None:
         precision = PRECISIONS[base.stored_dtype("transformer")]
         if precision == "fp16" and choose_device() == "cpu":
@@ -331,5 +325,6 @@ def _find_checkpoint(
             return None
         folder = there[-1]
     else:
-        folder = next((path for path in (Path(asked), output_dir / asked) if path.is_dir()), Path(asked))
+        named = output_dir / asked if "/" not in asked else Path(asked)
+        folder = next((path for path in (Path(asked), output_dir / asked) if path.is_dir()), named)
     return folder, read_state(folder)

@@ -55,11 +55,21 @@ def main(argv: list[str]) -> int:
     told = read_config(Path(config.run))
     told = replace(told, output_dir=config.run, cache=config.cache or told.cache)
     dataset = open_dataset(Cache(told.cache), told.datasets[0][0])
-    output_dir = Path(config.run)
     if not dataset.info["validation_prompts"]:
         raise ConfigError(f"{config.run}: its data set has no validation prompts; run stage 1 with --validation_prompt")
+    try:
+        return _make_missing(config, told, dataset)
+    except KeyboardInterrupt:
+        if not config.watch:
+            raise
+        return 0  # as --watch says that it ends
+
+
+def _make_missing(config: ValidateConfig, told: TrainConfig, dataset: DataSet) -> int:
+    """Make the videos of checkpoints that have none; with `--watch` for ever."""
     from train.checkpoint import list_checkpoints, step_of  # late: mistakes are answered before torch loads
 
+    output_dir = Path(config.run)
     rows, words = list[PromptRow](), list[str]()
     tried: set[int] = set()
     while True:
