@@ -166,11 +166,12 @@ def check_model(name: str) -> Iterator[Finding]:
     Args:
         name: a folder, or a hub id, of which the hub's cache on this machine is looked at.
     """
+    from shared.hub import is_hub_id
     from shared.models import CONFIG_FILES, WEIGHTS, Checkpoint, lacking_bytes, open_checkpoint
 
     folder, fetch = Path(name).expanduser(), f"--local-dir {shlex.quote(name)}"
     mend = f"hf download OWNER/NAME {fetch}"
-    if not folder.is_dir() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if not folder.is_dir() and is_hub_id(name):
         found, fetch, mend = _fetched(name), "", f"hf download {name}"
         if found is None:
             yield Finding("model", "missing", f"{name}: no such folder, and not in the hub's cache here", mend)
