@@ -57,7 +57,8 @@ class Recipe:
         told = _read_json(path)
         missing = [field.name for field in fields(cls) if field.name not in told]
         if missing:
-            raise ConfigError(f"--recipe {path}: is no recipe of this version: has no {', '.join(missing)}")
+            some = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
+            raise ConfigError(f"--recipe {path}: is no recipe of this version: has no {some}; give the JSON of a video")
         return cls(**{field.name: told[field.name] for field in fields(cls)})
 
     def identity(self) -> dict[str, Any]:
@@ -128,7 +129,11 @@ def frames_digest_in(path: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(
+            f"--recipe {path}: cannot be read ({error.strerror}); give the JSON beside a video"
+        ) from error
+    except ValueError as error:
         raise ConfigError(f"--recipe {path}: cannot be read as JSON ({error}); give the JSON beside a video") from error
     if not isinstance(told, dict):
         raise ConfigError(f"--recipe {path}: is no recipe; give the JSON beside a video")

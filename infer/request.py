@@ -19,7 +19,9 @@ from infer.recipe import Recipe, frames_digest_in
 from infer.recipes import check_rows, first_facts, make_recipes
 from infer.replay import check_image, find_base, find_loras, replay_recipe
 from infer.split import own_share, world
+from shared.cache import Cache
 from shared.console import warn
+from shared.dataset import open_dataset
 from shared.errors import ConfigError, LoraError, ModelError
 from shared.models import Checkpoint, choose_device, open_checkpoint
 from shared.prompt_file import PromptRow
@@ -66,6 +68,8 @@ def resolve(config: InferConfig) -> Request:
     processes = world()[1]
     folder, digest = Path(config.output_dir).expanduser(), None
     check_folder(folder)
+    if config.cache is not None:
+        open_dataset(Cache(config.cache), config.dataset)  # a mistyped name must not cost a download
     if config.recipe is not None:
         file = Path(config.recipe).expanduser()
         recipe, digest = replay_recipe(Recipe.read(file)), frames_digest_in(file)

@@ -149,12 +149,21 @@ class Known:
     def __init__(self, output: Path) -> None:
         self._rows: defaultdict[Key, deque[Row]] = defaultdict(deque)
         if output.exists():
-            for origin, cells in table_rows(output, Columns("caption", "video")):
-                if "caption_source" not in cells:
-                    raise ConfigError(f"--output {output}: is there, and not of this command; give another path")
-                row = _row(origin, {name: None if cell == "" else cell for name, cell in cells.items()})
-                row = replace(row, video=video_of(row.video, output), others=carried(origin, cells, COLUMNS))
-                self._rows[row.key].append(row)
+            try:
+                self._read(output)
+            except ManifestError as error:
+                way = "mend it, or give another path"
+                raise ManifestError(
+                    f"--output {output}: is there, and cannot be gone on from ({error}); {way}"
+                ) from error
+
+    def _read(self, output: Path) -> None:
+        for origin, cells in table_rows(output, Columns("caption", "video")):
+            if "caption_source" not in cells:
+                raise ConfigError(f"--output {output}: is there, and not of this command; give another path")
+            row = _row(origin, {name: None if cell == "" else cell for name, cell in cells.items()})
+            row = replace(row, video=video_of(row.video, output), others=carried(origin, cells, COLUMNS))
+            self._rows[row.key].append(row)
 
     def take(self, key: Key) -> Row | None:
         """The row of a clip; of a clip that stands in the manifest more than once, one after the other."""

@@ -214,7 +214,8 @@ def load_hub(name: str, config: str | None, revision: str | None, cache_dir: str
         return builder.as_dataset(split="train"), Path(name if Path(name).is_dir() else HF_HUB_CACHE)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         way = "download it, and give the folder or its table as --dataset_name"
-        raise ManifestError(f"--dataset_name {name}: `datasets` cannot load it ({error}); {way}") from error
+        here = "" if Path(name).exists() else "no such file or folder here, and "
+        raise ManifestError(f"--dataset_name {name}: {here}`datasets` cannot load it ({error}); {way}") from error
 
 
 def hub_rows(name: str, dataset: Any, columns: Columns) -> Rows:

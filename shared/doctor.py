@@ -18,9 +18,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 from shared.codecs import check_av, check_decord
-from shared.errors import ModelError, run_command
+from shared.errors import ConfigError, ModelError, run_command
 from shared.findings import FAULTS, Finding, import_status, reason_of
 from shared.packages import ROOT, install_command, project, read_packages, release
 
@@ -78,7 +79,7 @@ def check_extras() -> Iterator[Finding]:
             how = f"{sys.executable} -m pip install -c {ROOT / 'constraints.txt'} '{ROOT}[{extra}]'"
             yield Finding(f"extra {extra}", "note", "; ".join(told), how)
         else:
-            yield Finding(f"extra {extra}", "ok", f"{len(packages)} packages")
+            yield Finding(f"extra {extra}", "ok", f"{len(packages)} package{'s' * (len(packages) != 1)}")
 
 
 # --- the machine
@@ -165,11 +166,12 @@ def check_model(name: str) -> Iterator[Finding]:
     Args:
         name: a folder, or a hub id, of which the hub's cache on this machine is looked at.
     """
+    from shared.hub import is_hub_id
     from shared.models import CONFIG_FILES, WEIGHTS, Checkpoint, lacking_bytes, open_checkpoint
 
     folder, fetch = Path(name).expanduser(), f"--local-dir {shlex.quote(name)}"
     mend = f"hf download OWNER/NAME {fetch}"
-    if not folder.is_dir() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if not folder.is_dir() and is_hub_id(name):
         found, fetch, mend = _fetched(name), "", f"hf download {name}"
         if found is None:
             yield Finding("model", "missing", f"{name}: no such folder, and not in the hub's cache here", mend)
@@ -216,11 +218,11 @@ def check_model(name: str) -> Iterator[Finding]:
 def _fetched(hub_id: str) -> Path | None:
     """The folder of the hub's cache that holds what was fetched of a repository, whole or not; None: nothing was."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(hub_id, local_files_only=True))
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, HFValidationError):
         return None
 
 
@@ -263,9 +265,16 @@ def _in_child(name: str, model: str | None) -> list[Finding]:
     return [Finding(**finding) for finding in json.loads(done.stdout.splitlines()[-1])]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, as all commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
 def main(argv: list[str]) -> int:
     """Look at everything, tell it on one screen, and how to mend it."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m shared.doctor",
         description="Tell whether this machine can run LatentReel, and the command that mends what is wrong. "
         "Exit status: 0 nothing is missing or wrong, 2 something is.",

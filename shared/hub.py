@@ -25,7 +25,7 @@ def fetch_files(
     folder = Path(name).expanduser()
     if folder.is_dir():
         return str(folder.resolve()), None, folder.resolve()
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not is_hub_id(name):
         raise ModelError(f"{name}: no such folder, and not a hub id such as {example}")
     from huggingface_hub import snapshot_download  # late: a folder needs no hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -35,3 +35,8 @@ def fetch_files(
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ModelError(f"{name}: no such folder, and the hub did not give it: {error}") from error
     return name, fetched.name, fetched
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether what is no folder here can be a repository of the hub."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))

@@ -793,6 +793,9 @@ def test_other_mistakes_are_named(videos, talker, captioner, rewriter, tmp_path,
     with pytest.raises(ConfigError, match=r"mine.csv: is there, and not of this command"):
         run(videos, "--caption_model", captioner, output="mine.csv")
     assert (videos / "mine.csv").read_text() == "video,caption\n0.mp4,hand-written\n"
+    (videos / "mine.csv").write_text("prompt\na cat\n")
+    with pytest.raises(ManifestError, match=r"--output .*mine.csv: is there, and cannot be gone on from \(.*no column"):
+        run(videos, "--caption_model", captioner, output="mine.csv")
 
 
 def test_a_mistake_in_the_manifest_or_the_output_is_told_before_a_model_is_fetched(videos, monkeypatch, tmp_path):

@@ -291,6 +291,12 @@ def test_every_kind_of_checkpoint_is_fetched_by_its_own_name(tmp_path):
         assert finding.mend.split()[2].lower().replace("x1.5", "x-1.5") == f"thudm/cogvideox-{kind}"
 
 
+def test_a_mistake_is_one_line(tmp_path):
+    done = run_command("-m", "shared.doctor", "--modell", "2b")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: unrecognized arguments: --modell 2b; see python -m shared.doctor --help\n"
+
+
 def test_releases_are_compared_by_number():
     assert release("2.10") > release("2.9.9")
     assert release("2.0") == release("2.0.0") == release("2.0.0+cpu")

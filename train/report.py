@@ -34,11 +34,11 @@ def main(argv: list[str]) -> int:
     from train.record import read_record
 
     folders = list(dict.fromkeys(Path(run).expanduser() for run in config.runs))
+    records = [read_record(folder) for folder in folders]
     default = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
     place = Path(config.output).expanduser() if config.output else default
     if place.is_dir() or not place.resolve().parent.is_dir():
         raise ConfigError(f"--output {place}: must be a file in a folder that exists")
-    records = [read_record(folder) for folder in folders]
     write_atomically(place, render(records, place))
     say("report", f"{place}: {len(records)} run{'s' if records[1:] else ''}; open it in a browser")
     return 0
