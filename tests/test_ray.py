@@ -371,7 +371,7 @@ def test_a_cluster_that_loses_its_last_node_is_waited_for(work, monkeypatch):
     """The head has no CPU to give: nothing is left but to wait, to say so, and to go on when a node joins."""
     from ray.cluster_utils import Cluster
 
-    told, removed, joined = [], [], []
+    told, removed, joined = list[str](), list[object](), list[object]()
 
     def tell(line):
         told.append(line)
