@@ -341,9 +341,11 @@ def work(nodes, tmp_path, monkeypatch):
     """Has a crew double units of numbers; tells the doubles, and the nodes that made them."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-    def double(units, split=lambda unit: (unit, [], actor.Answer(Made())), worker=Doubler, during=lambda: None):
+    def double(
+        units, split=lambda unit: (unit, [], actor.Answer(Made())), worker=Doubler, during=lambda: None, on=nodes
+    ):
         doubles = []
-        with crew.Crew(nodes.address, worker, str(tmp_path)) as members:
+        with crew.Crew(on.address, worker, str(tmp_path)) as members:
             for number, (_, answer) in enumerate(members.work("double", iter(units), len(units), split)):
                 doubles += [int(double) for _, _, double in answer.failures]
                 if number == 0:
@@ -362,6 +364,38 @@ def test_a_node_that_joins_takes_part(work, nodes, tmp_path):
     assert doubles == [2 * number for number in range(60)]
     assert len(where) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["doubled"], "all actors were closed"
+
+
+@pytest.mark.slow
+def test_a_cluster_that_loses_its_last_node_is_waited_for(work, monkeypatch):
+    """The head has no CPU to give: nothing is left but to wait, to say so, and to go on when a node joins."""
+    from ray.cluster_utils import Cluster
+
+    told, removed, joined = list[str](), list[object](), list[object]()
+
+    def tell(line):
+        told.append(line)
+        if removed and not joined and "the cluster has no room yet" in line:
+            joined.append(add_node(bare))
+
+    monkeypatch.setattr(crew, "warn", tell)
+    monkeypatch.setattr(crew, "ROOM_SECONDS", 1.0)
+    monkeypatch.setattr(crew, "LOOK_SECONDS", 0.5)
+    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 << 20}
+    bare = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        last = add_node(bare)
+
+        def remove():
+            bare.remove_node(last, allow_graceful=False)
+            removed.append(last)
+
+        doubles, where = work([[number] for number in range(20)], during=remove, on=bare)
+    finally:
+        bare.shutdown()
+    assert doubles == [2 * number for number in range(20)]
+    assert len(where) == 2
+    assert any("lost an actor on" in line for line in told)
 
 
 @pytest.mark.slow

@@ -47,6 +47,17 @@ def test_slots_hold_what_was_written_until_they_are_written_again():
     check(ring.read(2, placed[2]), 2.0)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_float16_beside_float32_is_stacked_as_numpy_does(order):
+    """Two data sets of one run may be stored in different dtypes; what a worker gives must not depend on the order."""
+    both = [np.array([1.5, -2], np.float16), np.array([1e6, 1 / 3], np.float32)]
+    values = [both[place] for place in order]
+    ring = Ring(2, 4096)
+    found = ring.read(1, ring.write(1, {"moments": values}))["moments"].numpy()
+    assert found.dtype == np.float32
+    assert np.array_equal(found, np.stack(values))
+
+
 def test_arrays_lie_on_lines_of_a_cache_and_fill_no_more_than_was_counted():
     placed = Ring(1, SLOT_BYTES).write(0, columns(1.0))
     assert all(one.offset % 64 == 0 for one in placed.values())

@@ -19,10 +19,15 @@ MEASURE = """
 import json, resource, sys
 from pathlib import Path
 import pytest
-from tests.decoding import use_stand_ins
+from preprocess import clips, pipeline, preview
 from preprocess.__main__ import main
+from tests.decoding import use_stand_ins
 
-use_stand_ins(pytest.MonkeyPatch())
+patch = pytest.MonkeyPatch()
+in_children = pipeline.DecodePool
+use_stand_ins(patch)
+patch.setattr(pipeline, "DecodePool", in_children)  # as in a run: what decoding takes is its own process's
+clips.AHEAD_BYTES, preview.PAGE_SAMPLES = 1 << 20, 200  # bounds of their own, which both runs are to reach
 assert main(sys.argv[1:]) == 0
 print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 """
@@ -42,7 +47,7 @@ def test_a_tally_counts_as_a_counter_does(notes):
 
 def peak_bytes(folder, model, count):
     """The peak of the memory of a run over `count` clips, with its own cache."""
-    rows = [{"video": "a.mp4", "caption": f"number {row}", "start": 0.05 * row, "end": 0.05 * row + 1.5}
+    rows = [{"video": "a.mp4", "caption": f"number {row}", "start": row / 8, "end": row / 8 + 1.5}
             for row in range(count)]  # fmt: skip
     (folder / f"{count}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     words = ["--cache", folder / f"cache{count}", "--pretrained_model_name_or_path", model, "--height", 32,
@@ -50,12 +55,14 @@ def peak_bytes(folder, model, count):
     done = subprocess.run([sys.executable, "-c", MEASURE, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
                           check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+    assert f"encoded   {count} clips, {count + 1} prompts" in done.stdout
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_clips(tiny_2b, tmp_path):
-    """Stand-ins for the models leave little memory for growth to hide in; two thousand segments of one video."""
-    write_video(tmp_path / "a.mp4", np.zeros((900, 32, 48, 3), np.uint8), 8)
+    """Stand-ins for the models leave little memory for growth to hide in; two thousand segments of one video, each of
+    its own frames."""
+    write_video(tmp_path / "a.mp4", np.zeros((2020, 32, 48, 3), np.uint8), 8)
     few, many = (peak_bytes(tmp_path, tiny_2b, count) for count in (200, 2000))
     assert many < 1.1 * few

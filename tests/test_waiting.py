@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, ConfigError
 from tests.conftest import ROOT
 from train import ranks
 from train.ranks import check_same_start, launcher, main_at_work
@@ -31,7 +31,7 @@ def store(monkeypatch):
 def test_a_process_by_itself_waits_for_nobody():
     with main_at_work(OTHER, "anything"):
         pass
-    check_same_start(OTHER, ROOT, 5)
+    check_same_start(OTHER, ROOT, 5, {})
 
 
 @pytest.mark.usefixtures("store")
@@ -68,13 +68,30 @@ def test_when_the_main_one_fails_the_others_end_without_a_word(capsys):
 
 @pytest.mark.usefixtures("store")
 def test_ranks_that_see_another_output_folder_are_refused(tmp_path):
-    check_same_start(MAIN, tmp_path, 500)
-    check_same_start(OTHER, tmp_path, 500)
+    check_same_start(MAIN, tmp_path, 500, {})
+    check_same_start(OTHER, tmp_path, 500, {})
     with pytest.raises(CheckpointError) as caught:
-        check_same_start(OTHER, tmp_path, 0)
+        check_same_start(OTHER, tmp_path, 0, {})
     assert str(caught.value) == (
         f"--output_dir {tmp_path}: process 3 goes on from step 0, the main one from step 500; give a folder that all "
         "machines of the run share"
+    )
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    ("name", "own", "main"), [("learning_rate", 1e-4, 1e-3), ("dataset_digest", "ab", "cd"), ("held_out", None, "ab")]
+)
+def test_ranks_that_would_train_something_else_are_refused(tmp_path, name, own, main):
+    """Two machines are started by hand, each with its flags, and may see another version of the data set."""
+    position = {"base_model": "/here/2b", "targets": ["to_q"], name: main}
+    check_same_start(MAIN, tmp_path, 0, position)
+    check_same_start(OTHER, tmp_path, 0, {**position, "base_model": "/there/2b"})
+    with pytest.raises(ConfigError) as caught:
+        check_same_start(OTHER, tmp_path, 0, {**position, name: own})
+    assert str(caught.value) == (
+        f"{name}: is {own!r} on process 3 and {main!r} on the main one; give all processes of the run the same flags "
+        "and the same version of the data set"
     )
 
 

@@ -7,6 +7,7 @@ store, as long as it takes. A main process that dies is the launcher's to notice
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -101,24 +102,38 @@ def main_at_work(accelerator: Accelerator, what: str) -> Iterator[None]:
         raise SystemExit(2)
 
 
-def check_same_start(accelerator: Accelerator, output_dir: os.PathLike[str], step: int) -> None:
-    """Refuse ranks that go on from another step than the main one: they see another folder of that name.
+def check_same_start(
+    accelerator: Accelerator, output_dir: os.PathLike[str], step: int, position: dict[str, Any]
+) -> None:
+    """Refuse ranks that go on from another step than the main one, or from other facts: nothing would tell later.
+
+    Args:
+        position: what a checkpoint would have to agree on; of the base model only its path may differ.
 
     Raises:
-        CheckpointError: names both steps.
+        CheckpointError: they see another folder of that name; names both steps.
+        ConfigError: names what differs first.
     """
     store = _store()
     if store is None:
         return
     if accelerator.is_main_process:
-        store.set("latentreel/start", str(step))
+        store.set("latentreel/start", json.dumps({"step": step, "position": position}))
         return
-    main_step = int(_wait_for(store, "start"))
+    told = json.loads(_wait_for(store, "start"))
+    main_step = told["step"]
     if step != main_step:
         raise CheckpointError(
             f"--output_dir {output_dir}: process {accelerator.process_index} goes on from step {step}, the main one "
             f"from step {main_step}; give a folder that all machines of the run share"
         )
+    for name, value in json.loads(json.dumps(position)).items():
+        theirs = told["position"].get(name)
+        if value != theirs and name != "base_model":
+            raise ConfigError(
+                f"{name}: is {value!r} on process {accelerator.process_index} and {theirs!r} on the main one; give all "
+                "processes of the run the same flags and the same version of the data set"
+            )
 
 
 def _store() -> Any | None:

@@ -64,7 +64,7 @@ class Ring:
         """Stack equal arrays or tensors of a micro-batch, by name, into a slot."""
         memory, offset, found = self._memory[slot], 0, {}
         for name, values in columns.items():
-            first = torch.as_tensor(values[0]) if not isinstance(values[0], np.ndarray) else _empty_like(values[0])
+            first = torch.as_tensor(values[0]) if not isinstance(values[0], np.ndarray) else _one_of(values)
             placed = Placed(offset, (len(values), *first.shape), first.dtype)
             target = _view(memory, placed)
             if isinstance(values[0], np.ndarray):
@@ -91,10 +91,13 @@ def _view(memory: torch.Tensor, placed: Placed) -> torch.Tensor:
     return memory[placed.offset : placed.offset + size].view(placed.dtype).view(placed.shape)
 
 
-def _empty_like(values: np.ndarray) -> torch.Tensor:
-    """Of the same shape and dtype, on the meta device: what was read is read-only, which torch warns of."""
-    dtype = torch.from_numpy(np.empty(0, values.dtype)).dtype
-    return torch.empty(values.shape, dtype=dtype, device="meta")
+def _one_of(values: Sequence[np.ndarray]) -> torch.Tensor:
+    """Of their shape, in a dtype that holds all of them, on the meta device: they are read-only, which torch warns of.
+
+    Data sets of one run may be stored in different dtypes.
+    """
+    dtype = torch.from_numpy(np.empty(0, np.result_type(*values))).dtype
+    return torch.empty(values[0].shape, dtype=dtype, device="meta")
 
 
 def _aligned(size: int) -> int:

@@ -85,7 +85,7 @@ def open_run(config: TrainConfig, accelerator: Accelerator) -> Run:
     }
     if resumed is not None:
         check_position(*resumed, position)
-    check_same_start(accelerator, output_dir, resumed[1]["step"] if resumed else 0)
+    check_same_start(accelerator, output_dir, resumed[1]["step"] if resumed else 0, position)
     rows = _validation_rows(config, datasets[0], base, lora, accelerator)
 
     transformer = load_transformer(base, getattr(torch, dtype), drop_learned_positions=config.drop_learned_positions)
