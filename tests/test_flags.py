@@ -5,7 +5,6 @@ import importlib
 import json
 import re
 import shlex
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +18,10 @@ from shared.errors import CheckpointError
 from tests.conftest import ROOT, moving_square, run_command, write_video
 from tests.test_trackers import wandb_history
 from tests.training import column, facts_of, lora_of, rows_of, train_here
+from train.base import open_base
 from train.config import TrainConfig
 from train.draws import draw_timestep
 from train.optim import make_optimizer
-from train.setup import open_base
 
 CONFIGS = {"1": "preprocess:PreprocessConfig", "2": "train:TrainConfig", "3": "infer:InferConfig"}
 
@@ -316,8 +315,8 @@ def test_timesteps_are_drawn_as_they_are_asked_for(cache, tmp_path, kind):
 def test_the_checkpoint_is_the_one_asked_for_or_the_data_sets(monkeypatch, flags, name, revision, variant):
     """A revision or variant of the one is not taken for the other."""
     opened: list[Any] = []
-    monkeypatch.setattr("train.setup.open_checkpoint", lambda *words, **given: opened.append((*words, given)))
-    made_with: Any = SimpleNamespace(info={"model": {"name": "org/made", "revision": "abc", "variant": "fp16"}})
+    monkeypatch.setattr("train.base.open_checkpoint", lambda *words, **given: opened.append((*words, given)))
+    made_with = {"name": "org/made", "revision": "abc", "variant": "fp16"}
     open_base(TrainConfig(**flags, cache_dir="hub"), made_with)
     assert opened == [
         (name, {"revision": revision, "variant": variant, "cache_dir": "hub", "weights": ("transformer",)})

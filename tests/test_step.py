@@ -154,3 +154,14 @@ def test_laps_add_up(monkeypatch):
         watch.lap(phase)
     assert watch.seconds() == {"": 10.0, "data": 2.0, "forward": 4.0, "backward": 3.0, "optimizer": 1.0}
     assert set(PHASES) == {"data", "forward", "backward", "optimizer"}
+
+
+def test_a_product_is_the_same_to_the_last_bit_wherever_its_matrices_lie():
+    """Weights that were loaded, kept on the host or moved lie elsewhere than those that were made."""
+    generator = torch.Generator().manual_seed(0)
+    vector, matrix = torch.randn(1, 32, generator=generator), torch.randn(192, 32, generator=generator)
+    products = []
+    for offset in range(16):
+        memory = torch.empty(matrix.numel() + 16)[offset : offset + matrix.numel()].view_as(matrix)
+        products.append(torch.nn.functional.linear(vector, memory.copy_(matrix)))
+    assert all(torch.equal(product, products[0]) for product in products)
