@@ -16,6 +16,7 @@ from typing import Any
 
 from preprocess.clips import DecodeAhead
 from preprocess.config import PreprocessConfig
+from preprocess.data_flags import decoders_for
 from preprocess.decode import DecodePool
 from preprocess.prepare import open_model, open_stores
 from preprocess.publish import Stores
@@ -62,7 +63,7 @@ class Encoder:
             UserError: this node does not have what the driver has.
         """
         node = socket.gethostname()
-        decoders = self._config.decoders_among(_cpus())
+        decoders = self._config.dataloader_num_workers or decoders_for(_cpus())
         config = replace(self._config, dataloader_num_workers=decoders)
         checkpoint, cache = open_model(config), Cache(config.cache)
         with ExitStack() as held:

@@ -14,6 +14,11 @@ from shared.errors import ConfigError
 MOST_DECODERS = 8  # that are taken without being asked for
 
 
+def decoders_for(cores: int) -> int:
+    """Decoding processes that so many cores allow: one core is left to the encoder."""
+    return min(max(cores - 1, 1), MOST_DECODERS)
+
+
 @dataclass(frozen=True)
 class DataFlags:
     """The flags of a manifest and of the children that decode its videos."""
@@ -47,11 +52,7 @@ class DataFlags:
     @property
     def decoders(self) -> int:
         """Decoding processes."""
-        return self.decoders_among(os.cpu_count() or 2)
-
-    def decoders_among(self, cores: int) -> int:
-        """Decoding processes where there are so many cores."""
-        return self.dataloader_num_workers or min(max(cores - 1, 1), MOST_DECODERS)
+        return self.dataloader_num_workers or decoders_for(os.cpu_count() or 2)
 
     def records(self, *, to_caption: bool = False, besides: Path | None = None) -> Iterator[Record]:
         """The records of the manifest; the arguments are those of `iter_manifest`."""
