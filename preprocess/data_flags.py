@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from preprocess.manifest import Record, iter_manifest
 from shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from preprocess.manifest import Record
 
 MOST_DECODERS = 8  # that are taken without being asked for
 
@@ -56,6 +58,8 @@ class DataFlags:
 
     def records(self, *, to_caption: bool = False, besides: Path | None = None) -> Iterator[Record]:
         """The records of the manifest; the arguments are those of `iter_manifest`."""
+        from preprocess.manifest import iter_manifest  # late: --help and a typo are answered at once
+
         return iter_manifest(
             dataset_name=self.dataset_name,
             dataset_config_name=self.dataset_config_name,
